@@ -1,0 +1,74 @@
+"""Argument checks whose messages name op, argument, what was expected, what came, and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import FLOATS
+from .rules import REGISTRY, Rule
+
+
+def tensor(op: str, name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def floating(op: str, name: str, value: Any) -> Tensor:
+    tensor(op, name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: {name}: expected float64, float32, bfloat16 or float16, got {value.dtype}; "
+            f"convert it with .float()"
+        )
+    return value
+
+
+def like(op: str, name: str, value: Any, other: Tensor, other_name: str) -> Tensor:
+    """Same dtype and device as ``other``."""
+    tensor(op, name, value)
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{op}: {name}: expected {other.dtype} like {other_name}, got {value.dtype}; "
+            f"convert it with .to({other.dtype})"
+        )
+    if value.device != other.device:
+        raise ValueError(
+            f"{op}: {name}: expected device {other.device} like {other_name}, got {value.device}; "
+            f"move it with .to({str(other.device)!r})"
+        )
+    return value
+
+
+def shape(op: str, name: str, value: Tensor, expected: Sequence[int]) -> Tensor:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(
+            f"{op}: {name}: expected shape {tuple(expected)}, got {tuple(value.shape)}"
+        )
+    return value
+
+
+def rule(op: str, value: Any) -> Rule:
+    if not isinstance(value, Rule):
+        raise TypeError(
+            f"{op}: rule: expected one of lfp_kernels.rules ({', '.join(sorted(REGISTRY))}), "
+            f"got {value!r}; for example lfp_kernels.rules.Epsilon(eps=1e-6)"
+        )
+    return value
+
+
+def product_dtype(op: str, value: torch.dtype | None, like: Tensor) -> torch.dtype:
+    """Dtype of the feedback products: the tensors' own, or bfloat16 for float32 tensors."""
+    if value is None or value == like.dtype:
+        return like.dtype
+    if value == torch.bfloat16 and like.dtype == torch.float32:
+        return value
+    raise ValueError(
+        f"{op}: product_dtype: expected {like.dtype} or None"
+        + (", or torch.bfloat16" if like.dtype == torch.float32 else "")
+        + f", got {value}"
+    )

@@ -1,0 +1,136 @@
+"""Which implementation runs an op: capability as data, one choice per call, reasons for every no.
+
+Order of preference: native (compiled C++), triton, reference (plain PyTorch, the oracle). A backend
+that was asked for never falls back. The automatic choice falls back with a reason that
+:func:`explain` prints; landing on ``reference`` for a CUDA tensor warns once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+ORDER = ("native", "triton", "reference")
+FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_warned: set[str] = set()
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("LFP_KERNELS_BACKEND") or None
+    if name is not None and name not in ORDER:
+        raise ValueError(f"LFP_KERNELS_BACKEND: expected one of {ORDER}, got {name!r}")
+    return name
+
+
+_requested: str | None = _from_environment()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of one op and what it can do."""
+
+    module: ModuleType
+    devices: frozenset[str] | None = None  # None: any device
+    dtypes: frozenset[torch.dtype] = FLOATS
+    library: str | None = None  # compiled library it needs
+
+
+def register(op: str, **modules: ModuleType) -> None:
+    """Tell the dispatcher which modules implement ``op`` (native=..., reference=...)."""
+    table = _implementations.setdefault(op, {})
+    for backend, module in modules.items():
+        if backend == "native":
+            table[backend] = Implementation(module, frozenset({"cpu"}), library="cpu")
+        else:
+            table[backend] = Implementation(module)
+
+
+def ops() -> list[str]:
+    """Names of the registered ops."""
+    return sorted(_implementations)
+
+
+def supports(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """None when ``backend`` can run ``op`` on such tensors, else the reason why not."""
+    implementation = _implementations[op].get(backend)
+    if implementation is None:
+        return f"{op} has no {backend} implementation"
+    if implementation.devices is not None and device not in implementation.devices:
+        return f"runs on {', '.join(sorted(implementation.devices))} tensors, got {device}"
+    if dtype not in implementation.dtypes:
+        return f"takes {', '.join(sorted(map(str, implementation.dtypes)))}, got {dtype}"
+    if implementation.library is not None:
+        return _library.why_not_loaded(implementation.library)
+    return None
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op inside the block on backend ``name``; None restores the automatic choice."""
+    global _requested
+    if name is not None and name not in ORDER:
+        raise ValueError(f"use_backend: name: expected one of {ORDER} or None, got {name!r}")
+    before = _requested
+    _requested = name
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def select(op: str, like: Tensor) -> Any:
+    """The implementation module for ``op`` on tensors like ``like``.
+
+    Raises:
+        RuntimeError: a backend was requested and cannot run this call (its reason is given).
+    """
+    device, dtype = like.device.type, like.dtype
+    if _requested is not None:
+        reason = supports(op, _requested, device, dtype)
+        if reason is not None:
+            raise RuntimeError(
+                f"lfp_kernels: {op}: backend {_requested!r} was requested and cannot run: {reason}"
+            )
+        return _implementations[op][_requested].module
+    for backend in ORDER:
+        if supports(op, backend, device, dtype) is None:
+            if backend == "reference" and device == "cuda":
+                _warn_once(op, device, dtype)
+            return _implementations[op][backend].module
+    raise RuntimeError(f"lfp_kernels: {op}: no backend can run it\n{explain(op, device, dtype)}")
+
+
+def _warn_once(op: str, device: str, dtype: torch.dtype) -> None:
+    if op not in _warned:
+        _warned.add(op)
+        warnings.warn(
+            f"lfp_kernels: {op} runs on the slow reference backend\n{explain(op, device, dtype)}",
+            stacklevel=3,
+        )
+
+
+def explain(op: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """A table: per op and backend whether it can run on ``device`` and ``dtype``, and why not."""
+    if op is not None and op not in _implementations:
+        raise ValueError(f"explain: op: expected one of {ops()}, got {op!r}")
+    lines = [f"backends for {device} tensors of {dtype}, in order of preference"]
+    for name in [op] if op is not None else ops():
+        chosen = False
+        for backend in ORDER:
+            reason = supports(name, backend, device, dtype)
+            mark = "no: " + reason if reason else ("yes" if chosen else "chosen")
+            chosen = chosen or reason is None
+            lines.append(f"  {name:<18} {backend:<10} {mark}")
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""Optimizer updates in plain PyTorch: the oracle. Feedback points uphill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...optim import ADAMW, SGD_MOMENTUM, SGD_PLAIN, Update
+from ...rules import accumulate_dtype
+
+
+@torch.no_grad()
+def apply_update(param: Tensor, feedback: Tensor, update: Update) -> None:
+    """One in-place optimizer step of ``param`` [any shape] along ``feedback`` [same shape]."""
+    lr, decay, scale, momentum, nesterov, _, beta2, eps, c1, c2, rest1, rest2 = update.hyper
+    acc = accumulate_dtype(param.dtype)
+    w = param.to(acc)
+    ascent = feedback.to(acc) * scale
+    if update.code == SGD_PLAIN:
+        w = w - lr * (decay * w - ascent)
+    elif update.code == SGD_MOMENTUM:
+        d = decay * w - ascent
+        m = momentum * update.states[0].to(acc) + d
+        update.states[0].copy_(m)
+        w = w - lr * (d + momentum * m if nesterov else m)
+    elif update.code == ADAMW:
+        a, b = (state.to(acc) for state in update.states)
+        a = a + rest1 * (-ascent - a)
+        b = beta2 * b + rest2 * ascent * ascent
+        update.states[0].copy_(a)
+        update.states[1].copy_(b)
+        w = w - lr * (decay * w + a / c1 / ((b / c2).sqrt() + eps))
+    else:
+        raise ValueError(f"optimizer_update: unknown optimizer code {update.code}")
+    param.copy_(w)
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """L2 norm over all elements of all tensors; float32 at least, float64 for float64 input."""
+    acc = accumulate_dtype(tensors[0].dtype)
+    squares = [torch.linalg.vector_norm(t, dtype=acc).square() for t in tensors]
+    return torch.stack(squares).sum().sqrt()
+
+
+def update(params: list[Tensor], feedback: list[Tensor], updates: list[Update]) -> None:
+    for param, fb, step in zip(params, feedback, updates):
+        apply_update(param, fb, step)
