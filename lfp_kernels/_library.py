@@ -1,4 +1,4 @@
-"""The operator namespace ``torch.ops.lfp_kernels``: schemas and fakes here, kernels in compiled code.
+"""The operators ``torch.ops.lfp_kernels.*``: schemas and fakes here, kernels in compiled code.
 
 Schemas and fakes are plain Python, so the package imports, traces and tests without a compiler.
 """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import FLOATS
+from .optim import STATES, Update
 from .rules import REGISTRY, Rule
 
 
@@ -72,3 +73,28 @@ def product_dtype(op: str, value: torch.dtype | None, like: Tensor) -> torch.dty
         + (", or torch.bfloat16" if like.dtype == torch.float32 else "")
         + f", got {value}"
     )
+
+
+def update(op: str, name: str, value: Any, param: Tensor) -> Update:
+    """An optimizer update whose states fit ``param``: the kernels write through them."""
+    if not isinstance(value, Update):
+        raise TypeError(
+            f"{op}: {name}: expected an lfp_kernels.optim.Update, got {type(value).__name__}; "
+            "BoundOptimizer.update_of makes one"
+        )
+    if STATES.get(value.code) != len(value.states):
+        raise ValueError(
+            f"{op}: {name}: expected a code of {STATES} with its number of states, "
+            f"got code {value.code} with {len(value.states)}"
+        )
+    for k, state in enumerate(value.states):
+        # The names are built for a message alone: this runs per parameter and step.
+        if state.dtype != param.dtype or state.shape != param.shape or state.device != param.device:
+            like(op, f"{name}.states[{k}]", state, param, "its parameter")
+            shape(op, f"{name}.states[{k}]", state, param.shape)
+        if not state.is_contiguous():
+            raise ValueError(
+                f"{op}: {name}.states[{k}]: expected a contiguous tensor, got strides "
+                f"{state.stride()}; make it so with .contiguous()"
+            )
+    return value

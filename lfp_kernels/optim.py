@@ -2,7 +2,7 @@
 
 ``SGD`` and ``AdamW`` are descriptions; ``fuse`` binds one to a model's parameters as a
 ``BoundOptimizer``, which is a ``torch.optim.Optimizer``: learning-rate schedulers drive it and its
-state dict is the one of the torch optimizer of the same name.
+state dict is the one of the torch optimizer of the same name, in both directions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,8 +90,7 @@ def _require_clip(owner: str, value: float | None) -> None:
         raise ValueError(f"{owner}: clip_norm: expected a finite number > 0 or None, got 0")
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """One parameter's update as the kernels take it: code, hyper-parameters, states.
 
     ``hyper`` = [lr, weight_decay, scale, momentum, nesterov, beta1, beta2, eps, correction1,
@@ -104,75 +103,151 @@ class Update:
 
 
 SGD_PLAIN, SGD_MOMENTUM, ADAMW = 0, 1, 2
+STATES = {SGD_PLAIN: 0, SGD_MOMENTUM: 1, ADAMW: 2}  # states per parameter
+
+_TORCH = {SGD: torch.optim.SGD, AdamW: torch.optim.AdamW}
+# Options of the torch optimizers that these do not have: a state dict must hold them switched off.
+_OFF = {"dampening": 0, "maximize": False, "amsgrad": False, "decoupled_weight_decay": True}
 
 
 class BoundOptimizer(torch.optim.Optimizer):
     """A description bound to parameters. The fused step asks :meth:`update_of` per parameter and
     writes in place; :meth:`step` serves the drop-in way from ``.grad`` (= -feedback).
+
+    ``param_groups`` may differ in every value but ``clip_norm``, which is global and read from the
+    first group.
     """
 
-    def __init__(self, spec: SGD | AdamW, params: Iterable[Tensor]) -> None:
+    def __init__(self, spec: SGD | AdamW, params: Iterable[Any]) -> None:
         if not isinstance(spec, (SGD, AdamW)):
             raise TypeError(
                 "optimizer: expected lfp_kernels.optim.SGD(...) or AdamW(...), "
                 f"got {type(spec).__name__}"
             )
         self.spec = spec
-        super().__init__(list(params), asdict(spec))
+        # The keys of the torch optimizer too, so that it loads this one's state dict.
+        defaults = _TORCH[type(spec)]([torch.zeros(1)], lr=spec.lr).defaults
+        super().__init__(list(params), {**defaults, **asdict(spec)})
 
     def update_of(self, param: Tensor, group: dict[str, Any], scale: float = 1.0) -> Update:
-        """The update that the next step gives ``param``; allocates its states when missing."""
-        state = self.state[param]
+        """The update that the next step gives ``param``; allocates its states when missing.
+
+        Args:
+            group: the entry of ``param_groups`` that holds ``param``.
+            scale: factor on the feedback, such as :meth:`clip_scale`.
+        """
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         if isinstance(self.spec, SGD):
             momentum = float(group["momentum"])
-            hyper = [lr, decay, scale, momentum, float(group["nesterov"])]
-            hyper += [0, 0, 0, 1, 1, 1, 1]
+            nesterov = float(group["nesterov"])
+            hyper = [lr, decay, scale, momentum, nesterov, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
             if momentum == 0:
                 return Update(SGD_PLAIN, hyper, [])
-            return Update(SGD_MOMENTUM, hyper, self._states(param, state))
+            return Update(SGD_MOMENTUM, hyper, self._states(param))
         beta1, beta2 = group["betas"]
-        count = int(state.get("step", 0)) + 1
-        corrections = [1 - beta1**count, 1 - beta2**count]
-        hyper = [lr, decay, scale, 0, 0, beta1, beta2, float(group["eps"]), *corrections]
-        hyper += [1 - beta1, 1 - beta2]
-        return Update(ADAMW, hyper, self._states(param, state))
+        count = int(self.state[param].get("step", 0)) + 1
+        rest1, rest2 = 1 - beta1, 1 - beta2
+        correction1, correction2 = 1 - beta1**count, 1 - beta2**count
+        hyper = [lr, decay, scale, 0.0, 0.0, beta1, beta2, float(group["eps"])]
+        hyper += [correction1, correction2, rest1, rest2]
+        return Update(ADAMW, hyper, self._states(param))
 
-    def _states(self, param: Tensor, state: dict[str, Any]) -> list[Tensor]:
+    def _states(self, param: Tensor) -> list[Tensor]:
+        state = self.state[param]
         for name in self.spec.state_names:
             if state.get(name) is None:
                 state[name] = torch.zeros_like(param, memory_format=torch.contiguous_format)
         return [state[name] for name in self.spec.state_names]
 
     def count_step(self, params: Iterable[Tensor]) -> None:
-        """Record that ``params`` were updated (AdamW's bias correction, schedulers' order check)."""
+        """Record that ``params`` were updated, for bias correction and schedulers' order check."""
         self._opt_called = True
         if isinstance(self.spec, AdamW):
+            counts = []
             for param in params:
-                step = self.state[param].get("step")
-                self.state[param]["step"] = torch.tensor(1.0) if step is None else step + 1
+                state = self.state[param]
+                if "step" not in state:
+                    state["step"] = torch.tensor(0.0)
+                counts.append(state["step"])
+            if counts:
+                torch._foreach_add_(counts, 1)
+
+    def clip_scale(self, norm: float | Tensor) -> float:
+        """Factor that brings feedback of the global norm ``norm`` down to ``clip_norm``, at most 1;
+        the rule of torch.nn.utils.clip_grad_norm_.
+
+        Raises:
+            ValueError: the norm is not finite; the step must not be taken.
+        """
+        clip, norm = self.param_groups[0]["clip_norm"], float(norm)
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"optimizer: the global norm of the feedback is {norm}, expected a finite number; "
+                "nothing was updated. Look for NaN or inf in the input, the reward or the weights, "
+                "or lower the learning rate"
+            )
+        return 1.0 if clip is None else min(1.0, float(clip) / (norm + 1e-6))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        """Update every parameter from its ``.grad``, clipped to the global norm where asked."""
+        """Update every parameter from its ``.grad``, clipped to the global norm where asked.
+
+        Raises:
+            ValueError: with ``clip_norm``, the norm is not finite; nothing has been changed then.
+        """
         from . import functional
 
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        pairs = [
-            (param, param.grad, group)
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        clip = self.param_groups[0]["clip_norm"]
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        groups = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    params.append(param)
+                    grads.append(param.grad)
+                    groups.append(group)
         scale = 1.0
-        if clip is not None and pairs:
-            norm = functional.global_norm([grad for _, grad, _ in pairs])
-            scale = min(1.0, float(clip) / (float(norm) + 1e-6))
-        for param, grad, group in pairs:
-            functional.optimizer_update([param], [grad], [self.update_of(param, group, -scale)])
-        self.count_step(param for param, _, _ in pairs)
+        if params and self.param_groups[0]["clip_norm"] is not None:
+            scale = self.clip_scale(functional.global_norm(grads))
+        # .grad is -feedback
+        updates = [self.update_of(param, group, -scale) for param, group in zip(params, groups)]
+        functional.optimizer_update(params, grads, updates)
+        self.count_step(params)
         return loss
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this class or of the torch optimizer of the same name.
+
+        Raises:
+            ValueError: the state is another optimizer's, or uses an option this one does not have;
+                nothing has been changed then.
+        """
+        name = type(self.spec).__name__
+        groups = []
+        for k, group in enumerate(state_dict["param_groups"]):
+            missing = [key for key in asdict(self.spec) if key not in group and key != "clip_norm"]
+            if missing:
+                raise ValueError(
+                    f"optimizer: state_dict: expected the state of {name}; "
+                    f"param_groups[{k}] has no {', '.join(map(repr, missing))}"
+                )
+            for key, off in _OFF.items():
+                if group.get(key, off) != off:
+                    raise ValueError(
+                        f"optimizer: state_dict: param_groups[{k}]: {name} expects {key}={off!r}, "
+                        f"got {group[key]!r}"
+                    )
+            groups.append({"clip_norm": self.spec.clip_norm, **group})
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        for state in self.state.values():  # the kernels walk parameter and states side by side
+            for key in self.spec.state_names:
+                if state.get(key) is not None:
+                    state[key] = state[key].contiguous()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "spec": self.spec}

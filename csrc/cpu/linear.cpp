@@ -3,11 +3,7 @@
 //   r_in     = input_epilogue(s W, x)         [N, I]
 //   feedback = weight_epilogue(s^T x, W)      [O, I],  bias: weight_epilogue(sum_n s, b)
 // The update form applies feedback to W tile by tile, right behind the product of that tile.
-//
-// T is the element type of the tensors, P that of the two products: P = T, except float for fp16
-// (1/eps overflows it) and bfloat16 for float tensors when asked for.
-#include "aten.h"
-#include "loops.h"
+#include "signal.h"
 #include "update.h"
 
 namespace lfp::cpu {
@@ -17,73 +13,19 @@ constexpr int64_t kTileElements = 1 << 20;  // large enough for the library prod
 constexpr int64_t kColumnBlock = 512;       // columns of W converted at a time
 constexpr int64_t kTransposeBlock = 16;
 
+constexpr const char* kOp = "linear_redistribute";
+
 using Redistributed = std::tuple<Tensor, Tensor, Tensor>;
 
 // One call's arguments, checked in Python and dense.
 struct Layer {
   Tensor x, weight, z, reward;  // [N, I], [O, I], [N, O], [N, O]
   std::optional<Tensor> bias;   // [O]
-  int64_t rule, chain;
-  Params params;
+  RuleCall call;
   int64_t n() const { return x.size(0); }
   int64_t in() const { return weight.size(1); }
   int64_t out() const { return weight.size(0); }
 };
-
-// f(T{}, P{}) for the element type and the product type.
-template <class F>
-void dispatch_types(ScalarType dtype, ScalarType product, const char* op, F&& f) {
-  if (dtype == ScalarType::Half) return f(Half{}, float{});
-  if (dtype == ScalarType::Float && product == ScalarType::BFloat16) return f(float{}, BFloat16{});
-  dispatch_dtype(dtype, op, [&](auto element) { f(element, element); });
-}
-
-template <class P>
-ScalarType scalar_type_of() {
-  if constexpr (std::is_same_v<P, float>) return ScalarType::Float;
-  if constexpr (std::is_same_v<P, double>) return ScalarType::Double;
-  return ScalarType::BFloat16;
-}
-
-template <class T, class P>
-Tensor as_product_type(const Tensor& t) {
-  if constexpr (std::is_same_v<T, P>) return t;
-  Tensor out = torch::stable::new_empty(t, t.sizes(), scalar_type_of<P>());
-  const T* from = data<T>(t);
-  P* to = data<P>(out);
-  parallel_loop(t.numel(), [=](int64_t i) { to[i] = static_cast<P>(load(from, i)); });
-  return out;
-}
-
-// s[N,O] = prologue(r, z)
-template <class T, class P>
-Tensor signal(const Layer& layer) {
-  if (layer.chain & kSignalIn) return as_product_type<T, P>(layer.reward);
-  using A = Acc<T>;
-  Tensor s = torch::stable::new_empty(layer.reward, layer.reward.sizes(), scalar_type_of<P>());
-  const auto p = rule_params<A>(layer.params);
-  const T *r = data<T>(layer.reward), *z = data<T>(layer.z);
-  P* out = data<P>(s);
-  dispatch_rule<A>(layer.rule, "linear_redistribute", [&](auto functor) {
-    using Rule = decltype(functor);
-    parallel_loop(s.numel(), [=](int64_t i) {
-      out[i] = static_cast<P>(Rule::prologue(load(r, i), load(z, i), p));
-    });
-  });
-  return s;
-}
-
-// finish(g, x): x * g, or x / stab(x) * g when the layer below takes its signal.
-template <class T, class Visit>
-void with_input_epilogue(const Layer& layer, Visit visit) {
-  using A = Acc<T>;
-  const auto p = rule_params<A>(layer.params);
-  if (layer.chain & kSignalOut) return visit([p](A g, A x) { return chain_epilogue(g, x, p); });
-  dispatch_rule<A>(layer.rule, "linear_redistribute", [&](auto functor) {
-    using Rule = decltype(functor);
-    visit([p](A g, A x) { return Rule::input_epilogue(g, x, p); });
-  });
-}
 
 // r_in[N,I] with the products in the element type: one library product, epilogue in place.
 template <class T>
@@ -93,7 +35,7 @@ Tensor input_whole(const Layer& layer, const Tensor& s) {
       std::nullopt);
   T* gp = data<T>(g);
   const T* x = data<T>(layer.x);
-  with_input_epilogue<T>(layer, [&](auto finish) {
+  with_input_epilogue<T>(layer.call, kOp, [&](auto finish) {
     parallel_loop(g.numel(), [=](int64_t i) { store(gp, i, finish(load(gp, i), load(x, i))); });
   });
   return g;
@@ -107,7 +49,7 @@ Tensor input_converted(const Layer& layer, const Tensor& s) {
   T* gp = data<T>(g);
   const T *x = data<T>(layer.x), *w = data<T>(layer.weight);
   const int64_t blocks = (in + kColumnBlock - 1) / kColumnBlock;
-  with_input_epilogue<T>(layer, [&](auto finish) {
+  with_input_epilogue<T>(layer.call, kOp, [&](auto finish) {
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
       std::vector<P> columns(out * std::min(in, kColumnBlock));
       for (int64_t k = first; k < last; ++k) {
@@ -153,7 +95,9 @@ template <class P, class Visit>
 void weight_tiles(const Tensor& s, const Tensor& x, Visit visit) {
   const int64_t n = x.size(0), in = x.size(1), out = s.size(1);
   if (in == 0 || out == 0) return;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t work = std::max<int64_t>(n, 8) * in * out;
+  const int64_t threads =
+      std::clamp<int64_t>(work / kProductGrain, 1, torch::stable::get_num_threads());
   const int64_t share = (out + threads - 1) / threads;
   const int64_t rows = std::min(share, std::max<int64_t>(kTileElements / in, 16));
   const int64_t tiles = (out + rows - 1) / rows;
@@ -184,36 +128,28 @@ std::vector<Acc<P>> column_sums(const Tensor& s) {
   const P* sp = data<P>(s);
   std::vector<Acc<P>> result(out, Acc<P>(0));
   Acc<P>* sums = result.data();
-  torch::stable::parallel_for(0, out, 256, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, out, std::max<int64_t>(64, kGrain / std::max<int64_t>(n, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t k = 0; k < n; ++k)
       serial_loop(begin, end, [=](int64_t o) { sums[o] += load(sp, k * out + o); });
   });
   return result;
 }
 
-// feedback[count] = weight_epilogue(raw, w)
-template <class T, class Rule, class Raw>
-void feedback_range(const Raw* raw, const T* w, T* feedback, int64_t count, RuleParams<Acc<T>> p) {
-  serial_loop(0, count, [=](int64_t i) {
-    store(feedback, i, Rule::weight_epilogue(static_cast<Acc<T>>(raw[i]), load(w, i), p));
-  });
-}
-
 Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
                                   Tensor reward, int64_t rule, Params params, bool need_input,
                                   bool need_weight, bool need_bias, int64_t chain,
                                   ScalarType product) {
-  const Layer layer{dense(x), dense(weight), dense(z), dense(reward), bias, rule, chain, params};
+  const Layer layer{dense(x), dense(weight), dense(z), dense(reward), bias, {rule, chain, params}};
   Redistributed result{none_like(x), none_like(weight), none_like(weight)};
-  dispatch_types(x.scalar_type(), product, "linear_redistribute", [&](auto element, auto factor) {
+  dispatch_types(x.scalar_type(), product, kOp, [&](auto element, auto factor) {
     using T = decltype(element);
     using P = decltype(factor);
     using A = Acc<T>;
-    const Tensor s = signal<T, P>(layer);
+    const Tensor s = signal<T, P>(layer.reward, layer.z, layer.call, kOp);
     const auto p = rule_params<A>(params);
     const int64_t in = layer.in();
     if (need_input) std::get<0>(result) = redistribute_input<T, P>(layer, s);
-    dispatch_rule<A>(rule, "linear_redistribute", [&](auto functor) {
+    dispatch_rule<A>(rule, kOp, [&](auto functor) {
       using Rule = decltype(functor);
       if (need_weight) {
         Tensor& feedback = std::get<1>(result) = torch::stable::empty_like(layer.weight);
@@ -238,19 +174,19 @@ Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor>
 Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
                                   Tensor reward, std::vector<Tensor> weight_state,
                                   std::vector<Tensor> bias_state, int64_t rule, Params params,
-                                  int64_t optimizer, Params hyper, bool need_input, int64_t chain,
+                                  int64_t optimizer, Params hyper, int64_t bias_optimizer,
+                                  Params bias_hyper, bool need_input, int64_t chain,
                                   ScalarType product) {
   LFP_CHECK(weight.is_contiguous(), "linear_redistribute_update", "weight must be contiguous");
-  const Layer layer{dense(x), weight, dense(z), dense(reward), bias, rule, chain, params};
+  const Layer layer{dense(x), weight, dense(z), dense(reward), bias, {rule, chain, params}};
   Tensor input_reward = none_like(x);
   const char* op = "linear_redistribute_update";
   dispatch_types(x.scalar_type(), product, op, [&](auto element, auto factor) {
     using T = decltype(element);
     using P = decltype(factor);
     using A = Acc<T>;
-    const Tensor s = signal<T, P>(layer);
+    const Tensor s = signal<T, P>(layer.reward, layer.z, layer.call, kOp);
     const auto p = rule_params<A>(params);
-    const auto h = optimizer_params<A>(hyper);
     const int64_t in = layer.in();
     // The input product reads W before any tile of it changes.
     if (need_input) input_reward = redistribute_input<T, P>(layer, s);
@@ -258,6 +194,7 @@ Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor>
       dispatch_optimizer<A>(optimizer, op, [&](auto step) {
         using Rule = decltype(functor);
         using Optimizer = decltype(step);
+        const auto h = optimizer_params<A>(hyper);
         T* w = data<T>(weight);
         weight_tiles<P>(
             s, as_product_type<T, P>(layer.x), [&](int64_t begin, int64_t rows, const P* tile) {
@@ -265,10 +202,13 @@ Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor>
               update_range<T, Rule, Optimizer>(tile, w + at, state<T>(weight_state, 0, at),
                                                state<T>(weight_state, 1, at), rows * in, p, h);
             });
-        if (!bias.has_value()) return;
-        const auto sums = column_sums<P>(s);
-        update_range<T, Rule, Optimizer>(sums.data(), data<T>(*bias), state<T>(bias_state, 0),
-                                         state<T>(bias_state, 1), layer.out(), p, h);
+      });
+      if (!bias.has_value()) return;
+      const auto sums = column_sums<P>(s);
+      dispatch_optimizer<A>(bias_optimizer, op, [&](auto step) {
+        update_range<T, decltype(functor), decltype(step)>(
+            sums.data(), data<T>(*bias), state<T>(bias_state, 0), state<T>(bias_state, 1),
+            layer.out(), p, optimizer_params<A>(bias_hyper));
       });
     });
   });

@@ -14,7 +14,10 @@
 
 namespace lfp::cpu {
 
-constexpr int64_t kGrain = 16384;  // elements a thread must have before a second one pays
+// Elements of elementwise work, and multiply-adds of a product, that a thread must have before a
+// second one pays for waking it.
+constexpr int64_t kGrain = 32768;
+constexpr int64_t kProductGrain = 1 << 21;
 
 template <class T>
 LFP_HD Acc<T> load(const T* p, int64_t i) {

@@ -108,13 +108,23 @@ def linear_redistribute_update(
     op = "linear_redistribute_update"
     flat = _check_redistribute(op, x, weight, bias, z, reward, rule, signal_in)
     product = check.product_dtype(op, product_dtype, x)
-    dense = weight if weight.is_contiguous() else weight.contiguous()
+    check.update(op, "weight_update", weight_update, weight)
+    if bias_update is not None:
+        if bias is None:
+            raise ValueError(
+                f"{op}: bias_update: expected None for a layer without bias, got an Update"
+            )
+        check.update(op, "bias_update", bias_update, bias)
+    dense = weight.contiguous()
+    dense_bias = None if bias is None else bias.contiguous()
     input_reward = select("linear", x).redistribute_update(
-        flat[0], dense, bias, flat[1], flat[2], weight_update, bias_update, rule, need_input,
+        flat[0], dense, dense_bias, flat[1], flat[2], weight_update, bias_update, rule, need_input,
         below, signal_in, product,
     )  # fmt: skip
     if dense is not weight:
         weight.copy_(dense)
+    if bias_update is not None and bias is not None and dense_bias is not bias:
+        bias.copy_(dense_bias)  # type: ignore[arg-type]
     return None if input_reward is None else input_reward.view(x.shape)
 
 

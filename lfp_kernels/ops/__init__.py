@@ -1,5 +1,5 @@
-"""One folder per op: schema and fake in ``__init__``, backends as peers that never import each other."""
+"""One folder per op: schema and fake in ``__init__``, backends as peers beside it."""
 
-from . import linear
+from . import activation, batch_norm, combine, conv, linear, pool, reward, update
 
-__all__ = ["linear"]
+__all__ = ["activation", "batch_norm", "combine", "conv", "linear", "pool", "reward", "update"]

@@ -25,7 +25,7 @@ def _redistribute(
 
 def _redistribute_update(
     x, weight, bias, z, reward, weight_state, bias_state, rule, params, optimizer, hyper,
-    need_input, chain, product,
+    bias_optimizer, bias_hyper, need_input, chain, product,
 ):  # fmt: skip
     return x.new_empty(x.shape if need_input else (0,))
 
@@ -40,7 +40,8 @@ define(
 define(
     "linear_redistribute_update(Tensor x, Tensor(a!) weight, Tensor(b!)? bias, Tensor z, "
     "Tensor reward, Tensor(c!)[] weight_state, Tensor(d!)[] bias_state, int rule, float[] params, "
-    "int optimizer, float[] hyper, bool need_input, int chain, ScalarType product) -> Tensor",
+    "int optimizer, float[] hyper, int bias_optimizer, float[] bias_hyper, bool need_input, "
+    "int chain, ScalarType product) -> Tensor",
     _redistribute_update,
 )
 register("linear", native=native, reference=reference)

@@ -53,6 +53,7 @@ def redistribute_update(
     product_dtype: torch.dtype,
 ) -> Tensor | None:
     chain = (SIGNAL_IN if signal_in else 0) | (0 if below is None else SIGNAL_OUT)
+    other = weight_update if bias_update is None else bias_update
     input_reward = _ops.linear_redistribute_update.default(
         x,
         weight,
@@ -65,6 +66,8 @@ def redistribute_update(
         run_params(rule, below),
         weight_update.code,
         weight_update.hyper,
+        other.code,
+        other.hyper,
         need_input,
         chain,
         product_dtype,

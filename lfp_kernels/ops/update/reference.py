@@ -36,10 +36,10 @@ def apply_update(param: Tensor, feedback: Tensor, update: Update) -> None:
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
-    """L2 norm over all elements of all tensors; float32 at least, float64 for float64 input."""
-    acc = accumulate_dtype(tensors[0].dtype)
-    squares = [torch.linalg.vector_norm(t, dtype=acc).square() for t in tensors]
-    return torch.stack(squares).sum().sqrt()
+    """L2 norm over all elements, accumulated in float64; float64 if any tensor is, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    squares = [torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in tensors]
+    return torch.stack(squares).sum().sqrt().to(torch.float64 if wide else torch.float32)
 
 
 def update(params: list[Tensor], feedback: list[Tensor], updates: list[Update]) -> None:

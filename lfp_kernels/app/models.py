@@ -1,0 +1,152 @@
+"""The models of the command line in plain torch.nn: LeNet, an MLP, a VGG and ResNet-18."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import AppError
+
+
+class LeNet(nn.Module):
+    """LeNet-5 with ReLU and max pooling."""
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        side = (size // 2 - 4) // 2  # conv1 keeps the size, conv2 takes 4, both pools halve
+        self.conv1 = nn.Conv2d(channels, 6, 5, padding=2)
+        self.relu1 = nn.ReLU()
+        self.pool1 = nn.MaxPool2d(2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.relu2 = nn.ReLU()
+        self.pool2 = nn.MaxPool2d(2)
+        self.fc1 = nn.Linear(16 * side * side, 120)
+        self.relu3 = nn.ReLU()
+        self.fc2 = nn.Linear(120, 84)
+        self.relu4 = nn.ReLU()
+        self.fc3 = nn.Linear(84, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool1(self.relu1(self.conv1(x)))
+        x = self.pool2(self.relu2(self.conv2(x)))
+        x = torch.flatten(x, 1)
+        return self.fc3(self.relu4(self.fc2(self.relu3(self.fc1(x)))))
+
+
+class MLP(nn.Module):
+    """Two hidden layers of 1000."""
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels * size * size, 1000)
+        self.relu1 = nn.ReLU()
+        self.fc2 = nn.Linear(1000, 1000)
+        self.relu2 = nn.ReLU()
+        self.fc3 = nn.Linear(1000, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.flatten(x, 1)
+        return self.fc3(self.relu2(self.fc2(self.relu1(self.fc1(x)))))
+
+
+class VGG(nn.Module):
+    """Three stages of two 3x3 convolutions with batch norm, then a dense classifier."""
+
+    WIDTHS = (64, 128, 256)
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        before = channels
+        for stage, width in enumerate(self.WIDTHS, 1):
+            for layer in (1, 2):
+                name = f"{stage}_{layer}"
+                layers[f"conv{name}"] = nn.Conv2d(before, width, 3, padding=1, bias=False)
+                layers[f"norm{name}"] = nn.BatchNorm2d(width)
+                layers[f"relu{name}"] = nn.ReLU()
+                before = width
+            layers[f"pool{stage}"] = nn.MaxPool2d(2)
+        self.features = nn.Sequential(layers)
+        side = size // 2 ** len(self.WIDTHS)
+        self.classifier = nn.Sequential(
+            OrderedDict(
+                fc1=nn.Linear(before * side * side, 256),
+                relu=nn.ReLU(),
+                fc2=nn.Linear(256, classes),
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around an identity, with the in-place operations usual for it."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or before != width:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    """ResNet-18 for small images: a 3x3 stem without pooling."""
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        before = 64
+        for stage, width in enumerate((64, 128, 256, 512), 1):
+            stride = 1 if stage == 1 else 2
+            blocks = BasicBlock(before, width, stride), BasicBlock(width, width, 1)
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+            before = width
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(before, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "lenet": LeNet,
+    "mlp": MLP,
+    "vgg": VGG,
+    "resnet": ResNet,
+}
+SMALLEST = {"lenet": 12, "mlp": 1, "vgg": 8, "resnet": 1}
+
+
+def build(name: str, channels: int = 1, size: int = 28, classes: int = 10) -> nn.Module:
+    """Model ``name`` for square images of ``size`` pixels, initialised by torch's defaults."""
+    if name not in MODELS:
+        raise AppError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
+    if size < SMALLEST[name]:
+        raise AppError(
+            f"model: {name} needs images of at least {SMALLEST[name]} pixels, got {size}"
+        )
+    return MODELS[name](channels, size, classes)

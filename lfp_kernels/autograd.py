@@ -1,0 +1,244 @@
+"""Layers as autograd functions: forward as usual, backward = redistribution instead of derivative.
+
+What flows backwards is the negative reward, so that a ``.grad`` is the negative feedback and every
+optimizer that descends strengthens what was rewarded. Everything is linear in it.
+
+Activations are saved as ``.data`` aliases: :mod:`lfp_kernels.capture` turns in-place operations
+into a change of storage, so an alias keeps the values that the layer saw. Parameters are saved as
+themselves, so that torch notices an update between forward and backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import functional as F
+from .rules import Rule
+
+
+class LinearReward(torch.autograd.Function):
+    """``x W^T + b`` by the rule."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule, product: Any):
+        z = F.linear(x, weight, bias)
+        ctx.save_for_backward(x.data, weight, bias, z.data)
+        ctx.rule, ctx.product = rule, product
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        x, weight, bias, z = ctx.saved_tensors
+        feedback = F.linear_redistribute(
+            x, weight, bias, z, reward, ctx.rule,
+            need=ctx.needs_input_grad[:3], product_dtype=ctx.product,
+        )  # fmt: skip
+        return *feedback, None, None
+
+
+class ConvReward(torch.autograd.Function):
+    """Convolution, transposed convolution included, by the rule."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: F.ConvGeometry,
+        rule: Rule,
+        product: Any,
+    ):
+        z = F.conv(x, weight, bias, geometry)
+        ctx.save_for_backward(x.data, weight, bias, z.data)
+        ctx.geometry, ctx.rule, ctx.product = geometry, rule, product
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        x, weight, bias, z = ctx.saved_tensors
+        feedback = F.conv_redistribute(
+            x, weight, bias, z, reward, ctx.geometry, ctx.rule,
+            need=ctx.needs_input_grad[:3], product_dtype=ctx.product,
+        )  # fmt: skip
+        return *feedback, None, None, None
+
+
+class BatchNormReward(torch.autograd.Function):
+    """Batch normalisation by the rule; running statistics are updated once, in forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        rule: Rule,
+    ):
+        z, mean, invstd = F.batch_norm(
+            x, weight, bias, running_mean, running_var, training, momentum, eps
+        )
+        ctx.save_for_backward(x.data, weight, bias, z.data, mean, invstd)
+        ctx.training, ctx.rule = training, rule
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        x, weight, bias, z, mean, invstd = ctx.saved_tensors
+        feedback = F.batch_norm_redistribute(
+            x, weight, bias, z, reward, mean, invstd, ctx.training, ctx.rule,
+            need=ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return *feedback, None, None, None, None, None, None
+
+
+class AvgPoolReward(torch.autograd.Function):
+    """Average pooling by the rule. ``settings`` are the arguments after ``x`` of F.avg_pool."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: tuple, rule: Rule):
+        z = F.avg_pool(x, *settings)
+        ctx.save_for_backward(x.data, z.data)
+        ctx.settings, ctx.rule = settings, rule
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        x, z = ctx.saved_tensors
+        return F.avg_pool_redistribute(x, z, reward, *ctx.settings, ctx.rule), None, None
+
+
+class AdaptiveAvgPoolReward(torch.autograd.Function):
+    """Adaptive average pooling by the rule. ``pool`` is the torch function, output size bound."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pool: Any, rule: Rule):
+        z = pool(x)
+        ctx.save_for_backward(x.data, z.data)
+        ctx.rule = rule
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        x, z = ctx.saved_tensors
+        return F.adaptive_avg_pool_redistribute(x, z, reward, ctx.rule), None, None
+
+
+class MaxPoolReward(torch.autograd.Function):
+    """Max pooling: the winner takes all, the first index on ties."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: tuple):
+        ctx.batched = x.dim() == len(settings[0]) + 2
+        batch = x if ctx.batched else x.unsqueeze(0)
+        z, winner = F.max_pool(batch, *settings)
+        ctx.save_for_backward(winner)
+        ctx.shape = batch.shape
+        return z if ctx.batched else z.squeeze(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        (winner,) = ctx.saved_tensors
+        if ctx.batched:
+            return F.max_pool_redistribute(reward, winner, ctx.shape), None
+        return F.max_pool_redistribute(reward.unsqueeze(0), winner, ctx.shape).squeeze(0), None
+
+
+class SumReward(torch.autograd.Function):
+    """``a + b`` by the rule: each operand takes the share it contributed.
+
+    A parameter operand (a learned position or scale offset) is treated as a bias: its feedback is
+    ``|b| * s``, where the reward of an activation is ``b * s``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, rule: Rule, in_place: bool):
+        ctx.save_for_backward(a.data, b.data)
+        ctx.rule, ctx.parameter = rule, isinstance(b, torch.nn.Parameter)
+        if in_place:
+            return _replace(ctx, a, a + b)
+        return a + b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        a, b = ctx.saved_tensors
+        first, second = F.sum_redistribute(a, b, reward, ctx.rule)
+        if ctx.parameter:
+            second = second * b.sign()
+        need = ctx.needs_input_grad
+        return first if need[0] else None, second if need[1] else None, None, None
+
+
+class IdentityReward(torch.autograd.Function):
+    """Activations: any elementwise function forward, the reward unchanged backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Any, in_place: bool):
+        y = function(x.data)
+        return _replace(ctx, x, y) if in_place else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        return reward, None, None
+
+
+class LinearMapReward(torch.autograd.Function):
+    """A linear function without parameters (mean, sum, ...) by the rule, by its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Any, rule: Rule):
+        z = function(x.data)
+        ctx.save_for_backward(x.data, z.data)
+        ctx.function, ctx.rule = function, rule
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        x, z = ctx.saved_tensors
+        s = ctx.rule.prologue(reward, z)
+        with torch.enable_grad():
+            probe = x.detach().requires_grad_()
+            (g,) = torch.autograd.grad(ctx.function(probe), probe, s)
+        return ctx.rule.input_epilogue(g, x), None, None
+
+
+class DropoutReward(torch.autograd.Function):
+    """Dropout whose reward is multiplied by the mask alone (conserving)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float):
+        y, mask = F.dropout(x, p)
+        ctx.save_for_backward(mask)
+        ctx.p = p
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        (mask,) = ctx.saved_tensors
+        return F.dropout_redistribute(reward, mask, ctx.p, conserving=True), None
+
+
+def _replace(ctx: Any, target: Tensor, value: Tensor) -> Tensor:
+    """What an in-place operation does to ``target``, in new storage: saved aliases keep the old."""
+    target.data = value
+    ctx.mark_dirty(target)
+    return target

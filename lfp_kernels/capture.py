@@ -1,0 +1,241 @@
+"""Catches the torch calls of a model's forward and gives each its rule.
+
+One table maps torch functions to handlers. Modules need no replacement: nn.Linear calls F.linear,
+which is caught with its weight, and the weight tells the layer. What the table does not know runs
+as torch defines it; if that takes part in the graph, the composite decides whether the plain
+gradient may stand in for a rule.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from . import autograd
+from .calls import ACTIVATIONS, CONVS, STRUCTURAL, conv_geometry, max_pool_settings, pool_settings
+
+if TYPE_CHECKING:
+    from .composites import Attachment
+
+Handler = Callable[..., Any]
+
+
+def _takes_part(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in tensors
+    )
+
+
+def _linear(at: Attachment, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return autograd.LinearReward.apply(
+        input, weight, bias, at.rule_of_weight(weight), at.product_dtype(input)
+    )
+
+
+def _conv(at: Attachment, dims: int, transposed: bool, *args: Any, **kwargs: Any) -> Tensor:
+    x, weight, bias, geometry = conv_geometry(dims, transposed, *args, **kwargs)
+    return autograd.ConvReward.apply(
+        x, weight, bias, geometry, at.rule_of_weight(weight), at.product_dtype(x)
+    )
+
+
+def _batch_norm(
+    at: Attachment,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    rule = at.function_rule if weight is None else at.rule_of_weight(weight)
+    return autograd.BatchNormReward.apply(
+        input, weight, bias, running_mean, running_var, training, momentum, eps, rule
+    )
+
+
+def _avg_pool(at: Attachment, dims: int, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    settings = pool_settings(dims, *args, **kwargs)
+    return autograd.AvgPoolReward.apply(input, settings, at.function_rule)
+
+
+def _adaptive_avg_pool(at: Attachment, pool: Any, input: Tensor, output_size: Any) -> Tensor:
+    bound = partial(pool, output_size=output_size)
+    return autograd.AdaptiveAvgPoolReward.apply(input, bound, at.function_rule)
+
+
+def _max_pool(at: Attachment, dims: int, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.pop("return_indices", False):
+        return getattr(TF, f"max_pool{dims}d_with_indices")(input, *args, **kwargs)
+    return autograd.MaxPoolReward.apply(input, max_pool_settings(dims, *args, **kwargs))
+
+
+def _add(at: Attachment, input: Any, other: Any, *, alpha: Any = 1, in_place: bool = False) -> Any:
+    if not isinstance(input, Tensor):  # 1 + x
+        input, other = other, input
+    if not isinstance(other, Tensor):
+        other = torch.as_tensor(other, dtype=input.dtype, device=input.device)
+    if alpha != 1:
+        other = other * alpha
+    if not in_place and isinstance(input, torch.nn.Parameter):
+        input, other = other, input
+    other = other.to(input.dtype) if other.dtype != input.dtype else other
+    return autograd.SumReward.apply(input, other, at.function_rule, in_place)
+
+
+def _scale(at: Attachment, function: Any, input: Any, other: Any) -> Any:
+    """Multiplication by a constant: a linear map whose relevance passes whole."""
+    if isinstance(input, Tensor) and not isinstance(other, Tensor):
+        return autograd.IdentityReward.apply(input, lambda x: function(x, other), False)
+    if isinstance(other, Tensor) and not isinstance(input, Tensor) and function is operator.mul:
+        return autograd.IdentityReward.apply(other, lambda x: function(input, x), False)
+    at.left_out(function, (input, other), {})
+    return function(input, other)
+
+
+def _activation(at: Attachment, function: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    in_place = kwargs.pop("inplace", False)
+    name = getattr(function, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):  # relu_, sigmoid_, ...
+        in_place, function = True, getattr(torch, name[:-1], None) or getattr(TF, name[:-1])
+    if in_place:
+        _refuse_view(function, input)
+    return autograd.IdentityReward.apply(
+        input, lambda x: function(x, *args, **kwargs), bool(in_place)
+    )
+
+
+def _reduce(at: Attachment, function: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return autograd.LinearMapReward.apply(
+        input, lambda x: function(x, *args, **kwargs), at.function_rule
+    )
+
+
+def _dropout(
+    at: Attachment,
+    function: Any,
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> Tensor:
+    if not training or p == 0:
+        return input
+    if at.composite.dropout == "conserving" and function is TF.dropout:
+        return autograd.DropoutReward.apply(input, p)
+    return function(input, p, training)  # the gradient factor mask / (1 - p) acts on the reward
+
+
+def _refuse_view(function: Any, x: Tensor) -> None:
+    if x._is_view():
+        raise ValueError(
+            f"lfp_kernels: in-place {resolve_name(function)} on a view of another tensor: expected "
+            "the tensor itself; use the out-of-place form in the model"
+        )
+
+
+def _table() -> dict[Any, Handler]:
+    table: dict[Any, Handler] = {TF.linear: _linear, TF.batch_norm: _batch_norm}
+    for (dims, transposed), functions in CONVS.items():
+        for function in functions:
+            table[function] = _bind(_conv, dims, transposed)
+    for dims, avg, adaptive in (
+        (1, TF.avg_pool1d, TF.adaptive_avg_pool1d),
+        (2, TF.avg_pool2d, TF.adaptive_avg_pool2d),
+        (3, TF.avg_pool3d, TF.adaptive_avg_pool3d),
+    ):
+        table[avg] = _bind(_avg_pool, dims)
+        table[adaptive] = _bind(_adaptive_avg_pool, adaptive)
+        pool = getattr(TF, f"max_pool{dims}d")
+        for alias in (pool, getattr(torch, f"max_pool{dims}d"), getattr(TF, f"_max_pool{dims}d")):
+            table[alias] = _bind(_max_pool, dims)
+    for function in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__):
+        table[function] = _add
+    for function in (Tensor.add_, Tensor.__iadd__):
+        table[function] = _add_in_place
+    for function in (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__):
+        table[function] = _bind(_scale, operator.mul)
+    for function in (torch.div, Tensor.div, Tensor.__truediv__):
+        table[function] = _bind(_scale, operator.truediv)
+    for function in (torch.mean, Tensor.mean, torch.sum, Tensor.sum):
+        table[function] = _bind(_reduce, function)
+    for function in ACTIVATIONS:
+        table[function] = _bind(_activation, function)
+    for function in (TF.dropout, TF.dropout1d, TF.dropout2d, TF.dropout3d):
+        table[function] = _bind(_dropout, function)
+    return table
+
+
+def _bind(handler: Handler, *head: Any) -> Handler:
+    """The handler with what the table knows about the function put in front of its arguments."""
+    return lambda at, *args, **kwargs: handler(at, *head, *args, **kwargs)
+
+
+def _add_in_place(at: Attachment, input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
+    _refuse_view(Tensor.add_, input)
+    return _add(at, input, other, alpha=alpha, in_place=True)
+
+
+TABLE = _table()
+# Not differentiable, or linear maps whose transpose is what autograd does with the reward.
+_PLAIN = frozenset(STRUCTURAL)
+
+
+class RewardMode(TorchFunctionMode):
+    """Active while an attached model runs forward."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        super().__init__()
+        self.attachment = attachment
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = TABLE.get(func)
+        if handler is not None:
+            if _takes_part(*args, *kwargs.values()):
+                return handler(self.attachment, *args, **kwargs)
+            return func(*args, **kwargs)
+        if func in _PLAIN:
+            return func(*args, **kwargs)
+        _refuse_in_place(func, args)
+        result = func(*args, **kwargs)
+        if _differentiable(result) and _takes_part(*_flat(args), *kwargs.values()):
+            self.attachment.left_out(func, args, kwargs)
+        return result
+
+
+def _refuse_in_place(func: Any, args: Any) -> None:
+    """Layers keep their output's storage; an operation that overwrites it would change the rule."""
+    name = getattr(func, "__name__", "")
+    writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    if writes and args and isinstance(args[0], Tensor) and args[0].grad_fn is not None:
+        raise ValueError(
+            f"lfp_kernels: {resolve_name(func) or name} has no in-place rule: expected the "
+            "out-of-place form on an activation; rewrite that line of the model"
+        )
+
+
+def _differentiable(result: Any) -> bool:
+    return any(
+        isinstance(t, Tensor) and t.grad_fn is not None and t.is_floating_point()
+        for t in _flat((result,))
+    )
+
+
+def _flat(values: Any) -> list[Any]:
+    flat: list[Any] = []
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            flat.extend(value)
+        else:
+            flat.append(value)
+    return flat

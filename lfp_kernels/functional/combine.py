@@ -1,0 +1,82 @@
+"""Where branches meet and where values are dropped: residual sum and dropout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _validate as check
+from .. import ops
+from ..backends import select
+from ..rules import Epsilon, Rule
+
+_ = ops  # registers the schemas
+_EPSILON = Epsilon()
+
+
+@torch.no_grad()
+def sum_redistribute(
+    a: Tensor, b: Tensor, reward: Tensor, rule: Rule = _EPSILON, *, signal_in: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rewards of ``a`` and ``b`` from the reward at ``a + b``: each takes what it contributed.
+
+    ``s = prologue(r, a + b)``, ``r_a = a * s``, ``r_b = b * s`` in one pass.
+
+    Args:
+        a, b: operands; they broadcast to reward's shape, and the reward of a broadcast operand is
+            summed back to its own.
+        signal_in: ``reward`` is already s.
+    """
+    op = "sum_redistribute"
+    check.floating(op, "reward", reward)
+    check.rule(op, rule)
+    for name, value in (("a", a), ("b", b)):
+        check.like(op, name, value, reward, "reward")
+    if torch.broadcast_shapes(a.shape, b.shape) != reward.shape:
+        raise ValueError(
+            f"{op}: reward: expected shape {tuple(torch.broadcast_shapes(a.shape, b.shape))} of "
+            f"a + b, got {tuple(reward.shape)}"
+        )
+    wide = (t if t.shape == reward.shape else t.expand(reward.shape) for t in (a, b))
+    first, second = select("combine", reward).sum_redistribute(*wide, reward, rule, signal_in)
+    return (
+        first if a.shape == reward.shape else first.sum_to_size(a.shape),
+        second if b.shape == reward.shape else second.sum_to_size(b.shape),
+    )
+
+
+@torch.no_grad()
+def dropout(
+    x: Tensor, p: float, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(x * mask / (1 - p), mask)``; the mask (bool) is what F.dropout draws from the same seed."""
+    check.floating("dropout", "x", x)
+    _check_probability("dropout", p)
+    # Drawn in x's dtype, as F.dropout does: the generator's numbers depend on it.
+    mask = torch.empty_like(x).bernoulli_(1 - p, generator=generator).bool()
+    if p == 1:
+        return torch.zeros_like(x), mask
+    return select("combine", x).dropout_redistribute(x, mask, 1 / (1 - p)), mask
+
+
+@torch.no_grad()
+def dropout_redistribute(
+    reward: Tensor, mask: Tensor, p: float, *, conserving: bool = False
+) -> Tensor:
+    """Input reward of a dropout: ``reward * mask / (1 - p)`` as the official lfprop package has it,
+    or ``reward * mask`` with ``conserving``.
+    """
+    op = "dropout_redistribute"
+    check.floating(op, "reward", reward)
+    check.tensor(op, "mask", mask)
+    check.shape(op, "mask", mask, reward.shape)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{op}: mask: expected torch.bool, got {mask.dtype}")
+    _check_probability(op, p)
+    scale = 1.0 if conserving or p == 1 else 1 / (1 - p)
+    return select("combine", reward).dropout_redistribute(reward, mask, scale)
+
+
+def _check_probability(op: str, p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"{op}: p: expected a probability in [0, 1], got {p}")

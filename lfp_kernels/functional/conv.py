@@ -1,0 +1,245 @@
+"""Convolution, 1 to 3 dimensions, transposed or not, in the three forms of the linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _validate as check
+from .. import ops
+from ..backends import select
+from ..ops.conv.geometry import ConvGeometry, out_channels, output_shape
+from ..ops.conv.layout import channels_last
+from ..optim import Update
+from ..rules import Epsilon, Rule
+from .linear import Redistributed
+
+__all__ = [
+    "ConvGeometry",
+    "channels_last",
+    "conv",
+    "conv_redistribute",
+    "conv_redistribute_update",
+]
+
+_ = ops  # registers the schemas
+_EPSILON = Epsilon()
+
+
+@torch.no_grad()
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    *,
+    relu: bool = False,
+) -> Tensor:
+    """Convolution of x, with ``relu`` the positive part of it.
+
+    Args:
+        x: [N, C, *spatial] or [C, *spatial], 1 to 3 spatial dimensions.
+        weight: [O, C/groups, *kernel], transposed [C, O/groups, *kernel]. bias: [O] or None.
+            All of one dtype and device.
+        geometry: stride, padding, dilation, transposed, output padding, groups.
+
+    Returns:
+        [N, O, *spatial] or [O, *spatial], in channels-last layout when x or weight has it.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
+    """
+    batched, _ = _check_layer("conv", x, weight, bias, geometry)
+    z = select("conv", x).forward(batched, weight, bias, geometry, relu)
+    return z if batched is x else z.squeeze(0)
+
+
+@torch.no_grad()
+def conv_redistribute(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    reward: Tensor,
+    geometry: ConvGeometry,
+    rule: Rule = _EPSILON,
+    *,
+    need: tuple[bool, bool, bool] = (True, True, True),
+    below: Rule | None = None,
+    signal_in: bool = False,
+    product_dtype: torch.dtype | None = None,
+) -> Redistributed:
+    """Redistribute the reward at ``z = conv(x, W) + b`` (arXiv 2308.12053; docs/math.md).
+
+    Args:
+        x, weight, bias, geometry: as in :func:`conv`.
+        z: layer output [N, O, *spatial], bias included. reward: reward at z, of the same shape.
+        rule: the four functions around the two products.
+        need: which of (input reward, weight feedback, bias feedback) to compute.
+        below: with the rule of the layer that made x, the input reward comes out as that layer's
+            signal (``signal_in=True`` there): two elementwise passes become one.
+        signal_in: ``reward`` is already this layer's signal; z is not read.
+        product_dtype: torch.bfloat16 runs the two products of float32 tensors in bfloat16 with
+            float32 accumulation.
+
+    Returns:
+        Redistributed(input, weight, bias), shaped like x, weight and bias; feedback points uphill
+        and is summed over batch and space. The input reward is in channels-last layout when x or
+        reward is, the weight feedback contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
+    """
+    op = "conv_redistribute"
+    flat = _check_redistribute(op, x, weight, bias, z, reward, geometry, rule, signal_in)
+    product = check.product_dtype(op, product_dtype, x)
+    input_reward, weight_feedback, bias_feedback = select("conv", x).redistribute(
+        flat[0], weight, bias, flat[1], flat[2], geometry, rule, need, below, signal_in, product
+    )
+    if input_reward is not None and flat[0] is not x:
+        input_reward = input_reward.squeeze(0)
+    return Redistributed(input_reward, weight_feedback, bias_feedback)
+
+
+@torch.no_grad()
+def conv_redistribute_update(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    reward: Tensor,
+    geometry: ConvGeometry,
+    weight_update: Update,
+    bias_update: Update | None = None,
+    rule: Rule = _EPSILON,
+    *,
+    need_input: bool = True,
+    below: Rule | None = None,
+    signal_in: bool = False,
+    product_dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    """Redistribute and update ``weight``, ``bias`` and the optimizer states in place.
+
+    The weight feedback takes its epilogue and the optimizer's step in one pass.
+    ``bias_update=None`` leaves the bias alone. Arguments as in :func:`conv_redistribute`; the input
+    reward is that of the old weight. Nothing is updated when an argument is refused.
+
+    Returns:
+        Input reward shaped like x, or None with ``need_input=False``.
+    """
+    op = "conv_redistribute_update"
+    flat = _check_redistribute(op, x, weight, bias, z, reward, geometry, rule, signal_in)
+    product = check.product_dtype(op, product_dtype, x)
+    check.update(op, "weight_update", weight_update, weight)
+    if bias_update is not None:
+        if bias is None:
+            raise ValueError(
+                f"{op}: bias_update: expected None for a layer without bias, got an Update"
+            )
+        check.update(op, "bias_update", bias_update, bias)
+    dense = weight.contiguous()
+    dense_bias = None if bias is None else bias.contiguous()
+    input_reward = select("conv", x).redistribute_update(
+        flat[0], dense, dense_bias, flat[1], flat[2], geometry, weight_update, bias_update, rule,
+        need_input, below, signal_in, product,
+    )  # fmt: skip
+    if dense is not weight:
+        weight.copy_(dense)
+    if bias is not None and dense_bias is not bias and bias_update is not None:
+        bias.copy_(dense_bias)
+    if input_reward is None or flat[0] is x:
+        return input_reward
+    return input_reward.squeeze(0)
+
+
+def _check_geometry(op: str, geometry: ConvGeometry, spatial: int) -> None:
+    if not isinstance(geometry, ConvGeometry):
+        raise TypeError(
+            f"{op}: geometry: expected a ConvGeometry, got {type(geometry).__name__}; "
+            "make one with ConvGeometry.make(kernel_size, stride, ...)"
+        )
+    lists = (
+        ("stride", geometry.stride, 1),
+        ("padding", geometry.padding, 0),
+        ("dilation", geometry.dilation, 1),
+        ("output_padding", geometry.output_padding, 0),
+    )
+    for name, values, least in lists:
+        if len(values) != spatial or any(v < least for v in values):
+            raise ValueError(
+                f"{op}: geometry.{name}: expected {spatial} ints >= {least} for a kernel of "
+                f"{spatial} spatial dimensions, got {tuple(values)}"
+            )
+    for k, extra in enumerate(geometry.output_padding):
+        limit = max(geometry.stride[k], geometry.dilation[k]) if geometry.transposed else 1
+        if extra >= limit:
+            raise ValueError(
+                f"{op}: geometry.output_padding: expected values < max(stride, dilation) of a "
+                f"transposed convolution, else 0, got {tuple(geometry.output_padding)}"
+            )
+
+
+def _check_layer(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry
+) -> tuple[Tensor, tuple[int, ...]]:
+    """x with a batch dimension, and the shape of z with it."""
+    check.floating(op, "x", x)
+    check.like(op, "weight", weight, x, "x")
+    spatial = weight.dim() - 2
+    if not 1 <= spatial <= 3 or 0 in weight.shape:
+        raise ValueError(
+            f"{op}: weight: expected shape [O, C/groups, *kernel] with 1 to 3 kernel dimensions, "
+            f"got {tuple(weight.shape)}"
+        )
+    _check_geometry(op, geometry, spatial)
+    groups, first = geometry.groups, weight.shape[0]
+    if groups < 1 or first % groups:
+        raise ValueError(
+            f"{op}: geometry.groups: expected a divisor of weight.shape[0] = {first}, got {groups}"
+        )
+    batched = x.unsqueeze(0) if x.dim() == spatial + 1 else x
+    channels = first if geometry.transposed else weight.shape[1] * groups
+    if batched.dim() != spatial + 2 or batched.shape[1] != channels:
+        names = ", ".join("DHW"[3 - spatial :])
+        raise ValueError(
+            f"{op}: x: expected shape [N, {channels}, {names}] or [{channels}, {names}] for a "
+            f"weight of shape {tuple(weight.shape)} and groups={groups}, got {tuple(x.shape)}"
+        )
+    shape = output_shape(batched.shape, weight.shape, geometry)
+    if min(batched.shape[2:]) < 1 or min(shape[2:]) < 1:
+        raise ValueError(
+            f"{op}: x: expected a spatial size that gives an output of at least 1, got "
+            f"{tuple(x.shape)} for kernel {tuple(weight.shape[2:])}, which gives {shape[2:]}; "
+            "enlarge the input or the padding"
+        )
+    if bias is not None:
+        check.like(op, "bias", bias, x, "x")
+        check.shape(op, "bias", bias, (out_channels(weight.shape, geometry),))
+    return batched, shape
+
+
+def _check_redistribute(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    reward: Tensor,
+    geometry: ConvGeometry,
+    rule: Rule,
+    signal_in: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked x, z, reward with a batch dimension."""
+    batched, shape = _check_layer(op, x, weight, bias, geometry)
+    check.rule(op, rule)
+    expected = shape if batched is x else shape[1:]
+    check.like(op, "reward", reward, x, "x")
+    check.shape(op, "reward", reward, expected)
+    if signal_in:
+        z = reward
+    else:
+        check.like(op, "z", z, x, "x")
+        check.shape(op, "z", z, expected)
+    if batched is x:
+        return x, z, reward
+    return batched, z.unsqueeze(0), reward.unsqueeze(0)

@@ -1,0 +1,101 @@
+"""Optimizer updates of many tensors in one call, and the global norm that clips them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _validate as check
+from .. import ops
+from ..backends import select
+from ..optim import Update
+
+_ = ops  # registers the schemas
+
+
+@torch.no_grad()
+def optimizer_update(
+    params: Sequence[Tensor], feedback: Sequence[Tensor], updates: Sequence[Update]
+) -> None:
+    """Move every parameter and its optimizer states one step along its feedback, in place.
+
+    One pass over all tensors together: w, states <- optimizer(w, states, -feedback * scale), the
+    arithmetic of ``torch.optim`` (csrc/rules.h). Feedback points uphill.
+
+    Args:
+        params: tensors of any shape and floating dtype, on one device, each at most once.
+        feedback: one per parameter, of its shape and dtype.
+        updates: one per parameter: what :meth:`lfp_kernels.optim.BoundOptimizer.update_of` gives.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing has been changed then.
+    """
+    op = "optimizer_update"
+    params, feedback, updates = list(params), list(feedback), list(updates)
+    if not len(params) == len(feedback) == len(updates):
+        raise ValueError(
+            f"{op}: expected one feedback and one update per parameter, got {len(params)} params, "
+            f"{len(feedback)} feedback and {len(updates)} updates"
+        )
+    if not params:
+        return
+    for k, (param, fb, update) in enumerate(zip(params, feedback, updates)):
+        _check_pair(op, k, param, fb, params[0])
+        check.update(op, f"updates[{k}]", update, param)
+    if len({id(param) for param in params}) != len(params):
+        raise ValueError(
+            f"{op}: params: expected every parameter once, got one twice; sum its feedback"
+        )
+    dense = [param.contiguous() for param in params]
+    select("update", params[0]).update(dense, feedback, updates)
+    for param, copy in zip(params, dense):
+        if copy is not param:
+            param.copy_(copy)
+
+
+def _check_pair(op: str, k: int, param: Tensor, fb: Tensor, first: Tensor) -> None:
+    check.floating(op, f"params[{k}]", param)
+    check.like(op, f"feedback[{k}]", fb, param, f"params[{k}]")
+    check.shape(op, f"feedback[{k}]", fb, param.shape)
+    if param.device != first.device:
+        raise ValueError(
+            f"{op}: params[{k}]: expected device {first.device} like params[0], got "
+            f"{param.device}; update the parameters of each device in a call of their own"
+        )
+    if fb.layout != torch.strided:
+        raise TypeError(
+            f"{op}: feedback[{k}]: expected a strided tensor, got {fb.layout}; use .to_dense()"
+        )
+    if not param.is_contiguous() and torch._debug_has_internal_overlap(param) == 1:
+        raise ValueError(
+            f"{op}: params[{k}]: its elements share memory (an expanded tensor?); clone it before "
+            "training it"
+        )
+
+
+@torch.no_grad()
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """``sqrt(sum of squares)`` over all elements of all tensors, the norm that ``clip_norm`` uses.
+
+    Accumulated in float64 in a fixed order: the same bits for any number of threads.
+
+    Args:
+        tensors: floating tensors of any shapes on one device; dtypes may differ.
+
+    Returns:
+        0-dim tensor, float64 if any tensor is float64, else float32; 0 for an empty list.
+    """
+    op = "global_norm"
+    tensors = list(tensors)
+    for k, tensor in enumerate(tensors):
+        check.floating(op, f"tensors[{k}]", tensor)
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"{op}: tensors[{k}]: expected device {tensors[0].device} like tensors[0], got "
+                f"{tensor.device}; move it with .to({str(tensors[0].device)!r})"
+            )
+    if not tensors:
+        return torch.zeros(())
+    return select("update", tensors[0]).global_norm(tensors)

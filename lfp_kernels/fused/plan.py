@@ -1,0 +1,161 @@
+"""What can be decided once per model: fused ReLUs, chained layers, and when values are freed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import Tensor
+
+from . import stages as S
+from . import structure as M
+
+_FUSES_RELU = (S.Linear, S.Conv, S.BatchNorm)
+_HANDS_SIGNAL = (S.Linear, S.Conv, S.BatchNorm, S.AvgPool)
+_TAKES_SIGNAL = (S.Linear, S.Conv, S.BatchNorm, S.AvgPool)
+
+
+class Plan:
+    """Stages in order, with their flags set, and the slots that each step of the walk frees."""
+
+    def __init__(self, stages: list[S.Stage], source: int, output: int) -> None:
+        self.stages = stages
+        self.source = source
+        self.output = output
+        self._fuse_relus()
+        self._chain()
+        for index, stage in enumerate(self.stages):
+            stage.index = index
+        self._mark_live()
+        self.slots = 1 + max([source, *(s.output for s in self.stages)])
+        self.free_forward = self._free_after_forward()
+        self._relu_in_place()
+        self.free_backward = self._free_after_backward()
+        uses = Counter(id(p) for s in self.stages for p in s.parameters)
+        self.shared = [key for key, count in uses.items() if count > 1]
+
+    def consumers(self, slot: int) -> list[S.Stage]:
+        return [s for s in self.stages if slot in s.reads]
+
+    def _fuse_relus(self) -> None:
+        """A ReLU behind a layer becomes part of it; the layer's z is then the activation.
+
+        Right where the reward of a zero activation is zero: below layers that multiply by their
+        input. Keeping the activation alone is then exact (docs/math.md, section 2).
+        """
+        for producer in list(self.stages):
+            if not isinstance(producer, _FUSES_RELU) or producer.output == self.output:
+                continue
+            if producer.rule is None or not producer.rule.relu_output_is_enough:
+                continue
+            readers = self.consumers(producer.output)
+            if len(readers) != 1 or not isinstance(readers[0], M.Activation):
+                continue
+            relu = readers[0]
+            if relu.is_relu and self._zero_safe(relu.output):
+                producer.relu = True
+                producer.output = relu.output
+                self.stages.remove(relu)
+
+    def _zero_safe(self, slot: int) -> bool:
+        """Every reward that reaches ``slot`` is zero where its value is zero."""
+        if slot == self.output:
+            return False
+        for stage in self.consumers(slot):
+            if isinstance(stage, M.Host):
+                continue
+            rule = stage.rule
+            if stage.multiplies_by_input and rule is not None and rule.relu_output_is_enough:
+                continue
+            if not (stage.passes_zero and self._zero_safe(stage.output)):
+                return False
+        return True
+
+    def _chain(self) -> None:
+        """A layer whose output feeds exactly one layer, with nothing between that changes values,
+        takes its signal from that layer: x / stab(x) in one factor instead of two passes."""
+        for producer in self.stages:
+            if not isinstance(producer, _TAKES_SIGNAL):
+                continue
+            if producer.rule is None or not producer.rule.chains:
+                continue
+            slot = producer.output
+            while True:
+                readers = [s for s in self.consumers(slot) if not isinstance(s, M.Host)]
+                if slot == self.output or len(readers) != 1:
+                    break
+                reader = readers[0]
+                if reader.routes:
+                    slot = reader.output
+                    continue
+                if isinstance(reader, _HANDS_SIGNAL) and reader.rule and reader.rule.chains:
+                    reader.below = producer.rule
+                    producer.signal_in = True
+                break
+
+    def _mark_live(self) -> None:
+        """Rewards are wanted where a trainable parameter lies below."""
+        live: set[int] = set()
+        for stage in self.stages:
+            stage.wants_input = any(slot in live for slot in stage.inputs)
+            if stage.wants_input or any(p.requires_grad for p in stage.parameters):
+                live.add(stage.output)
+        self.live = live
+
+    def _kept(self) -> set[int]:
+        return {slot for s in self.stages if s.output in self.live for slot in s.keeps()}
+
+    def _free_after_forward(self) -> list[list[int]]:
+        """Per stage: the slots that nothing reads after its forward, redistribution included."""
+        kept = self._kept() | {self.output, self.source}
+        last = {slot: s.index for s in self.stages for slot in s.reads}
+        free: list[list[int]] = [[] for _ in self.stages]
+        for slot, index in last.items():
+            if slot not in kept:
+                free[index].append(slot)
+        return free
+
+    def _relu_in_place(self) -> None:
+        """A ReLU of its own may overwrite a value that it reads last, unless that is a view."""
+        made = {s.output: s for s in self.stages}
+        for stage in self.stages:
+            if isinstance(stage, M.Activation) and stage.is_relu:
+                slot = stage.inputs[0]
+                producer = made.get(slot)
+                stage.in_place = slot in self.free_forward[stage.index] and isinstance(
+                    producer, (S.Linear, S.Conv, S.BatchNorm, S.Sum)
+                )
+
+    def _free_after_backward(self) -> list[list[int]]:
+        """Per stage: the slots that no stage before it in forward order reads backwards."""
+        first: dict[int, int] = {}
+        for stage in self.stages:
+            for slot in (*stage.keeps(), *stage.inputs):
+                first.setdefault(slot, stage.index)
+        free: list[list[int]] = [[] for _ in self.stages]
+        for slot, index in first.items():
+            free[index].append(slot)
+        return free
+
+    def forward(self, run: S.Run, x: Tensor) -> Tensor:
+        values = run.values
+        values[self.source] = x
+        for stage, free in zip(self.stages, self.free_forward):
+            values[stage.output] = stage.forward(run)
+            for slot in free:
+                values[slot] = None
+        return values[self.output]
+
+    def redistribute(self, run: S.Run, reward: Tensor) -> None:
+        rewards: list[Tensor | None] = [None] * self.slots
+        rewards[self.output] = reward
+        for stage in reversed(self.stages):
+            arrived = rewards[stage.output]
+            rewards[stage.output] = None
+            if arrived is not None and stage.output in self.live:
+                for slot, part in zip(stage.inputs, stage.redistribute(run, arrived)):
+                    if part is None or slot not in self.live:
+                        continue
+                    before = rewards[slot]
+                    rewards[slot] = part if before is None else before + part
+            for slot in self.free_backward[stage.index]:
+                run.values[slot] = None

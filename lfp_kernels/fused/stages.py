@@ -1,0 +1,283 @@
+"""Stages of a fused step: one forward and one redistribution each, over numbered value slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..composites import Composite
+from ..rules import Rule
+from .updates import Updates
+
+
+class Run:
+    """What one step holds: values by slot, what stages put aside, and the parameters' updates."""
+
+    __slots__ = ("aside", "commits", "updates", "values")
+
+    def __init__(self, slots: int, stages: int, updates: Updates) -> None:
+        self.values: list[Any] = [None] * slots
+        self.aside: list[Any] = [None] * stages
+        self.commits: list[Callable[[], None]] = []
+        self.updates = updates
+
+
+class Stage:
+    """Base. A stage reads ``inputs`` and writes ``output``; plan.py sets the flags."""
+
+    rule: Any = None  # a Rule, or None for stages without one
+    multiplies_by_input = False  # the reward it hands down is 0 where its input is 0
+    passes_zero = False  # hands a 0 of its output's reward down as 0, and 0 in means 0 out
+    routes = False  # moves values without changing them: signals pass as rewards do
+
+    def __init__(self) -> None:
+        self.inputs: list[int] = []  # slots that take a reward
+        self.reads: list[int] = []  # slots whose values forward reads
+        self.output = -1
+        self.index = -1
+        self.label = ""
+        self.relu = False  # the ReLU that follows is part of this stage
+        self.below: Rule | None = None  # hands the layer below its signal
+        self.signal_in = False  # the reward that arrives is this layer's signal
+        self.wants_input = True  # somebody below takes a reward
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return []
+
+    def keeps(self) -> set[int]:
+        """Slots whose values redistribution reads."""
+        return set()
+
+    def forward(self, run: Run) -> Any:
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        """Rewards of ``inputs``; updates parameters on the way."""
+        raise TypeError(f"{type(self).__name__} takes no reward")
+
+    def describe(self) -> str:
+        parts = [type(self).__name__ + (" + ReLU" if self.relu else "")]
+        if self.rule is not None:
+            parts.append(self.rule.name)
+        if self.signal_in:
+            parts.append("takes signal")
+        if self.below is not None:
+            parts.append("hands signal")
+        return ", ".join(parts)
+
+
+class _Weighted(Stage):
+    """Linear and convolution: the weight may be updated inside the pass that makes its feedback."""
+
+    multiplies_by_input = True
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, rule: Rule, composite: Composite
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias, self.rule = weight, bias, rule
+        self.product = composite.product_dtype(weight)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def keeps(self) -> set[int]:
+        return {*self.inputs} if self.signal_in else {*self.inputs, self.output}
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "below": self.below,
+            "signal_in": self.signal_in,
+            "product_dtype": self.product,
+        }
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        x = run.values[self.inputs[0]]
+        z = reward if self.signal_in else run.values[self.output]
+        updates, weight, bias = run.updates, self.weight, self.bias
+        if updates.in_place(weight):
+            bias_update = None
+            if bias is not None and updates.in_place(bias):
+                bias_update = updates.take(bias)
+            if bias is None or bias_update is not None or not bias.requires_grad:
+                return (self.update(x, z, reward, updates.take(weight), bias_update),)
+        need = (self.wants_input, weight.requires_grad, bias is not None and bias.requires_grad)
+        found = self.feedback(x, z, reward, need)
+        updates.add(weight, found.weight)
+        if bias is not None:
+            updates.add(bias, found.bias)
+        return (found.input,)
+
+    def update(self, x: Tensor, z: Tensor, reward: Tensor, weight: Any, bias: Any) -> Any:
+        raise TypeError
+
+    def feedback(self, x: Tensor, z: Tensor, reward: Tensor, need: Any) -> F.Redistributed:
+        raise TypeError
+
+
+class Linear(_Weighted):
+    def forward(self, run: Run) -> Tensor:
+        return F.linear(run.values[self.inputs[0]], self.weight, self.bias, relu=self.relu)
+
+    def update(self, x: Tensor, z: Tensor, reward: Tensor, weight: Any, bias: Any) -> Any:
+        return F.linear_redistribute_update(
+            x, self.weight, self.bias, z, reward, weight, bias, self.rule,
+            need_input=self.wants_input, **self.options(),
+        )  # fmt: skip
+
+    def feedback(self, x: Tensor, z: Tensor, reward: Tensor, need: Any) -> F.Redistributed:
+        return F.linear_redistribute(
+            x, self.weight, self.bias, z, reward, self.rule, need=need, **self.options()
+        )
+
+
+class Conv(_Weighted):
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: F.ConvGeometry,
+        rule: Rule,
+        composite: Composite,
+    ) -> None:
+        super().__init__(weight, bias, rule, composite)
+        self.geometry = geometry
+
+    def forward(self, run: Run) -> Tensor:
+        return F.conv(
+            run.values[self.inputs[0]], self.weight, self.bias, self.geometry, relu=self.relu
+        )
+
+    def update(self, x: Tensor, z: Tensor, reward: Tensor, weight: Any, bias: Any) -> Any:
+        return F.conv_redistribute_update(
+            x, self.weight, self.bias, z, reward, self.geometry, weight, bias, self.rule,
+            need_input=self.wants_input, **self.options(),
+        )  # fmt: skip
+
+    def feedback(self, x: Tensor, z: Tensor, reward: Tensor, need: Any) -> F.Redistributed:
+        return F.conv_redistribute(
+            x, self.weight, self.bias, z, reward, self.geometry, self.rule, need=need,
+            **self.options(),
+        )  # fmt: skip
+
+
+class BatchNorm(Stage):
+    multiplies_by_input = True
+
+    def __init__(self, module: nn.Module, rule: Rule) -> None:
+        super().__init__()
+        self.module: Any = module
+        self.rule = rule
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for p in (self.module.weight, self.module.bias) if p is not None]
+
+    def keeps(self) -> set[int]:
+        return {*self.inputs} if self.signal_in else {*self.inputs, self.output}
+
+    def forward(self, run: Run) -> Tensor:
+        m = self.module
+        training = m.training or m.running_mean is None
+        mean, var, momentum = m.running_mean, m.running_var, m.momentum
+        if training and mean is not None:
+            # The statistics move when the whole step is known to be good, not before.
+            mean, var = mean.clone(), var.clone()
+            if momentum is None:
+                momentum = 1.0 / (int(m.num_batches_tracked) + 1)
+            run.commits.append(lambda: self._commit(mean, var))
+        z, *statistics = F.batch_norm(
+            run.values[self.inputs[0]], m.weight, m.bias, mean, var, training,
+            0.0 if momentum is None else momentum, m.eps, relu=self.relu,
+        )  # fmt: skip
+        run.aside[self.index] = (*statistics, training)
+        return z
+
+    def _commit(self, mean: Tensor, var: Tensor) -> None:
+        self.module.running_mean.copy_(mean)
+        self.module.running_var.copy_(var)
+        self.module.num_batches_tracked.add_(1)
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        m = self.module
+        mean, invstd, training = run.aside[self.index]
+        x = run.values[self.inputs[0]]
+        z = reward if self.signal_in else run.values[self.output]
+        need = (
+            self.wants_input,
+            m.weight is not None and m.weight.requires_grad,
+            m.bias is not None and m.bias.requires_grad,
+        )
+        found = F.batch_norm_redistribute(
+            x, m.weight, m.bias, z, reward, mean, invstd, training, self.rule,
+            need=need, below=self.below, signal_in=self.signal_in,
+        )  # fmt: skip
+        run.updates.add(m.weight, found.weight)
+        run.updates.add(m.bias, found.bias)
+        return (found.input,)
+
+
+class AvgPool(Stage):
+    multiplies_by_input = True
+
+    def __init__(self, settings: tuple, rule: Rule) -> None:
+        super().__init__()
+        self.settings, self.rule = settings, rule
+
+    def keeps(self) -> set[int]:
+        return {*self.inputs} if self.signal_in else {*self.inputs, self.output}
+
+    def forward(self, run: Run) -> Tensor:
+        return F.avg_pool(run.values[self.inputs[0]], *self.settings)
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        x = run.values[self.inputs[0]]
+        z = reward if self.signal_in else run.values[self.output]
+        return (
+            F.avg_pool_redistribute(
+                x, z, reward, *self.settings, self.rule,
+                below=self.below, signal_in=self.signal_in,
+            ),
+        )  # fmt: skip
+
+
+class AdaptiveAvgPool(AvgPool):
+    def __init__(self, pool: Callable[..., Tensor], size: Any, rule: Rule) -> None:
+        super().__init__((size,), rule)
+        self.pool = pool
+
+    def forward(self, run: Run) -> Tensor:
+        return self.pool(run.values[self.inputs[0]], *self.settings)
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        x = run.values[self.inputs[0]]
+        z = reward if self.signal_in else run.values[self.output]
+        return (
+            F.adaptive_avg_pool_redistribute(
+                x, z, reward, self.rule, below=self.below, signal_in=self.signal_in
+            ),
+        )
+
+
+class Sum(Stage):
+    multiplies_by_input = True
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def keeps(self) -> set[int]:
+        return {*self.inputs}
+
+    def forward(self, run: Run) -> Tensor:
+        a, b = self.inputs
+        return run.values[a] + run.values[b]
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = self.inputs
+        return F.sum_redistribute(run.values[a], run.values[b], reward, self.rule)

@@ -1,0 +1,159 @@
+"""``fuse``: a model, a composite, a reward and an optimizer become one function of (x, y)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import rewards
+from ..composites import Composite, check_finite
+from ..optim import SGD, AdamW, BoundOptimizer
+from .plan import Plan
+from .stages import Run
+from .trace import trace
+from .updates import Updates
+
+
+class StepResult(NamedTuple):
+    """``out``: the model's output [N, C] before the update; ``reward``: the reward at it."""
+
+    out: Tensor
+    reward: Tensor
+
+
+class FusedStep:
+    """A training step without autograd; made by :func:`fuse`.
+
+    Attributes:
+        model: the model; its parameters and buffers are updated in place.
+        optimizer: a ``torch.optim.Optimizer``: schedulers drive it, and its ``state_dict()`` is
+            that of the torch optimizer of the same name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite,
+        reward: str | Callable[..., Tensor],
+        optimizer: SGD | AdamW | BoundOptimizer,
+    ) -> None:
+        self.model = model
+        self.composite = composite
+        self.reward = rewards.get(reward)
+        composite.check(model)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("fuse: model: expected a trainable parameter, got none")
+        self._plan = self._make_plan()
+        if isinstance(optimizer, BoundOptimizer):
+            self.optimizer = optimizer
+        else:
+            self.optimizer = BoundOptimizer(optimizer, parameters)
+
+    def _make_plan(self) -> Plan:
+        self._trainable = [p.requires_grad for p in self.model.parameters()]
+        return Plan(*trace(self.model, self.composite))
+
+    def __repr__(self) -> str:
+        rows = [f"  {s.label:<24} {s.describe()}" for s in self._plan.stages]
+        phases = "two phases: feedback, then norm and update" if self._clips else "one phase"
+        return "\n".join([f"FusedStep({self.optimizer.spec}; {phases})", *rows])
+
+    @property
+    def _clips(self) -> bool:
+        return self.optimizer.param_groups[0]["clip_norm"] is not None
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, y: Any) -> StepResult:
+        """One training step on a batch.
+
+        Args:
+            x: model input [N, ...], dtype and device of the parameters.
+            y: what the reward takes beside the output (labels [N], int64).
+
+        Raises:
+            TypeError, ValueError: bad x, y or reward (NaN included). Parameters, buffers and
+                optimizer state are as before then.
+        """
+        self._check_input(x)
+        if self._trainable != [p.requires_grad for p in self.model.parameters()]:
+            self._plan = self._make_plan()
+        plan = self._plan
+        updates = Updates(self.optimizer, plan.shared)
+        run = Run(plan.slots, len(plan.stages), updates)
+        out = plan.forward(run, x)
+        reward = self.reward(out, y)
+        if reward.shape != out.shape:
+            raise ValueError(
+                f"fuse: reward: expected shape {tuple(out.shape)} like the output, "
+                f"got {tuple(reward.shape)}"
+            )
+        check_finite("fuse", reward)
+        for commit in run.commits:
+            commit()
+        plan.redistribute(run, reward)
+        updates.finish()
+        return StepResult(out, reward)
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"fuse: x: expected a torch.Tensor, got {type(x).__name__}")
+        like = self.optimizer.param_groups[0]["params"][0]
+        if x.is_floating_point() and x.dtype != like.dtype:
+            raise TypeError(
+                f"fuse: x: expected {like.dtype} like the parameters, got {x.dtype}; "
+                f"convert it with .to({like.dtype})"
+            )
+        if x.device != like.device:
+            raise ValueError(
+                f"fuse: x: expected device {like.device} like the parameters, got {x.device}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state; the model's is its own."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+def fuse(
+    model: nn.Module,
+    composite: Composite,
+    *,
+    reward: str | Callable[..., Tensor] = "softmax",
+    optimizer: SGD | AdamW | BoundOptimizer,
+    feedback_dtype: torch.dtype | None = None,
+) -> FusedStep:
+    """Compile ``model`` into a training step that never runs autograd.
+
+    The model is traced once. Forward keeps only what the rule needs (behind a ReLU the activation
+    alone); feedback walks the layers backwards, updates each weight in the pass that produced its
+    feedback, and frees as it goes. The parameters live in the model as before: state_dict, eval and
+    the drop-in way go on working, and both ways give the same numbers. With ``clip_norm`` the
+    update must wait for the global norm: the step then runs in two phases and holds all feedback.
+
+    Args:
+        model: takes one tensor, returns one tensor.
+        composite: the rules, e.g. ``composites.Epsilon(eps=1e-6)``.
+        reward: a name of ``rewards.REGISTRY`` or a function ``(out, y) -> reward`` of out's shape.
+        optimizer: ``optim.SGD(...)`` or ``optim.AdamW(...)``.
+        feedback_dtype: torch.bfloat16 runs the feedback products of a float32 model in bfloat16.
+
+    Returns:
+        ``step(x, y) -> StepResult(out, reward)``.
+
+    Raises:
+        ValueError: a layer has no rule, or the model cannot be traced (the line is named).
+    """
+    if not isinstance(composite, Composite):
+        raise TypeError(
+            "fuse: composite: expected e.g. lfp_kernels.composites.Epsilon(), "
+            f"got {type(composite).__name__}"
+        )
+    if feedback_dtype is not None:
+        composite = composite.with_feedback_dtype(feedback_dtype)
+    return FusedStep(model, composite, reward, optimizer)

@@ -1,0 +1,156 @@
+"""Stages without parameters and without arithmetic on the reward beyond a mask or a move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from .stages import Run, Stage
+
+
+class MaxPool(Stage):
+    passes_zero = True
+    routes = True
+
+    def __init__(self, settings: tuple) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, run: Run) -> Tensor:
+        x = run.values[self.inputs[0]]
+        z, indices = F.max_pool(x, *self.settings)
+        run.aside[self.index] = (indices, x.shape)
+        return z
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        indices, shape = run.aside[self.index]
+        run.aside[self.index] = None
+        return (F.max_pool_redistribute(reward, indices, shape),)
+
+
+class Activation(Stage):
+    """An elementwise function: the reward passes unchanged."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], *, relu: bool) -> None:
+        super().__init__()
+        self.function = function
+        self.is_relu = relu
+        self.passes_zero = relu
+        self.in_place = False  # nobody else reads the input
+
+    def forward(self, run: Run) -> Tensor:
+        x = run.values[self.inputs[0]]
+        if self.is_relu:
+            return x.relu_() if self.in_place else x.relu()
+        return self.function(x)
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        return (reward,)
+
+
+class Dropout(Stage):
+    passes_zero = True
+
+    def __init__(self, module: nn.Module, conserving: bool) -> None:
+        super().__init__()
+        self.module: Any = module
+        self.conserving = conserving
+
+    def forward(self, run: Run) -> Tensor:
+        x = run.values[self.inputs[0]]
+        if not self.module.training or self.module.p == 0:
+            return x
+        y, mask = F.dropout(x, self.module.p)
+        run.aside[self.index] = mask
+        return y
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        mask = run.aside[self.index]
+        if mask is None:
+            return (reward,)
+        run.aside[self.index] = None
+        return (F.dropout_redistribute(reward, mask, self.module.p, conserving=self.conserving),)
+
+
+class Reshaper:
+    """A traced reshape with its arguments: sizes may come from other slots."""
+
+    def __init__(self, target: Any, method: bool, resolve: Callable) -> None:
+        self.target, self.method, self.resolve = target, method, resolve
+
+    def __call__(self, values: list[Any]) -> Any:
+        args, kwargs = self.resolve(values)
+        if self.method:
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        return self.target(*args, **kwargs)
+
+
+class Reshape(Stage):
+    passes_zero = True
+    routes = True
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, run: Run) -> Tensor:
+        x = run.values[self.inputs[0]]
+        run.aside[self.index] = x.shape
+        if isinstance(self.function, Reshaper):
+            return self.function(run.values)
+        return self.function(x)
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        return (reward.reshape(run.aside[self.index]),)
+
+
+class Permute(Stage):
+    """``permute(order)``, or ``transpose(*swap)`` when no order is given."""
+
+    passes_zero = True
+    routes = True
+
+    def __init__(self, order: tuple[int, ...], swap: tuple[int, ...]) -> None:
+        super().__init__()
+        self.order, self.swap = order, swap
+
+    def forward(self, run: Run) -> Tensor:
+        x = run.values[self.inputs[0]]
+        return x.permute(self.order) if self.order else x.transpose(*self.swap)
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        if not self.order:
+            return (reward.transpose(self.swap[0], self.swap[1]),)
+        order = [d % len(self.order) for d in self.order]
+        return (reward.permute([order.index(d) for d in range(len(order))]),)
+
+
+class Cat(Stage):
+    passes_zero = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, run: Run) -> Tensor:
+        values = [run.values[i] for i in self.inputs]
+        run.aside[self.index] = [v.shape[self.dim] for v in values]
+        return torch.cat(values, self.dim)
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(reward.split(run.aside[self.index], self.dim))
+
+
+class Host(Stage):
+    """A size or another number that forward computes; no reward reaches it."""
+
+    def __init__(self, target: Any, method: bool, resolve: Callable) -> None:
+        super().__init__()
+        self.compute = Reshaper(target, method, resolve)
+
+    def forward(self, run: Run) -> Any:
+        return self.compute(run.values)

@@ -1,0 +1,69 @@
+"""Where feedback goes: straight into the parameter, or set aside until the walk is over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from ..optim import BoundOptimizer, Update
+
+
+class Updates:
+    """One step's updates.
+
+    A parameter is updated inside the pass that makes its feedback when one stage alone uses it and
+    no global norm has to be known first. Everything else is set aside and updated by one
+    multi-tensor call at the end: shared parameters (their feedback is summed), small vectors, and
+    all parameters under ``clip_norm`` (phase one: feedback, phase two: norm and update).
+    """
+
+    def __init__(self, optimizer: BoundOptimizer, shared: Iterable[int]) -> None:
+        self.optimizer = optimizer
+        self.groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        self.clip: float | None = optimizer.param_groups[0]["clip_norm"]
+        self.shared = frozenset(shared)
+        self.aside: dict[int, tuple[Tensor, Tensor]] = {}
+        self.done: list[Tensor] = []
+
+    def in_place(self, parameter: Tensor) -> bool:
+        return (
+            self.clip is None
+            and id(parameter) in self.groups
+            and parameter.requires_grad
+            and id(parameter) not in self.shared
+        )
+
+    def take(self, parameter: Tensor) -> Update:
+        """The update of a parameter that the caller applies in place."""
+        self.done.append(parameter)
+        return self.optimizer.update_of(parameter, self.groups[id(parameter)])
+
+    def add(self, parameter: Any, feedback: Tensor | None) -> None:
+        if parameter is None or feedback is None or id(parameter) not in self.groups:
+            return
+        before = self.aside.get(id(parameter))
+        total = feedback if before is None else before[1] + feedback
+        self.aside[id(parameter)] = (parameter, total)
+
+    def finish(self) -> None:
+        pairs = list(self.aside.values())
+        if pairs:
+            parameters = [p for p, _ in pairs]
+            feedback = [f for _, f in pairs]
+            scale = 1.0 if self.clip is None else clip_factor(feedback, self.clip)
+            take = self.optimizer.update_of
+            updates = [take(p, self.groups[id(p)], scale) for p in parameters]
+            F.optimizer_update([p.data for p in parameters], feedback, updates)
+            self.done += parameters
+        self.aside = {}
+        self.optimizer.count_step(self.done)
+
+
+def clip_factor(feedback: list[Tensor], clip: float) -> float:
+    """min(1, clip / (norm + 1e-6)) with the global L2 norm, as torch.nn.utils.clip_grad_norm_."""
+    norm = float(F.global_norm(feedback))
+    return min(1.0, clip / (norm + 1e-6)) if torch.isfinite(torch.tensor(norm)) else 1.0

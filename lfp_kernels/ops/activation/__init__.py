@@ -1,0 +1,18 @@
+"""Activations: only ``step`` needs an operator; the reward passes every activation unchanged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._library import define
+from ...backends import register
+from . import native, reference
+
+
+def _step(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+define("step(Tensor x) -> Tensor", _step)
+register("activation", native=native, reference=reference)
