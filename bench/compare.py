@@ -19,7 +19,10 @@ RATIOS = {
 
 def fraction(text: str) -> float:
     """``"5%"`` or ``"0.05"`` as 0.05."""
-    value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
         raise ValueError(f"--fail-above: expected a percentage >= 0 such as 5%, got {text!r}")
     return value

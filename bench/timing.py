@@ -64,10 +64,12 @@ def sampler(device: str) -> Callable[[Run, int], float]:
 def no_garbage_collection() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.collect()
+    gc.freeze()  # what exists now need not be looked at between rounds
     gc.disable()
     try:
         yield
     finally:
+        gc.unfreeze()
         if enabled:
             gc.enable()
 

@@ -96,3 +96,9 @@ class FunctionalNet(nn.Module):
         ).to(self.fc.weight.dtype)  # fmt: skip
         twin.load_state_dict(dict(zip(twin.state_dict(), self.state_dict().values())))
         return twin
+
+
+def batches(shape: tuple[int, ...], classes: int, count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (torch.randn(6, *shape).double(), torch.randint(0, classes, (6,))) for _ in range(count)
+    ]

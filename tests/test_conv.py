@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from conv_cases import BACKENDS, CASES, DTYPES, RULE, channels_last, forward, layer, oracle
@@ -58,10 +60,19 @@ def test_forward(name: str, relu: bool, backend: str) -> None:
             assert (plain.double() - want).abs().max().item() <= scale
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("shape", [(37, 4, 40, 40), (3, 4, 200, 200)])
 @pytest.mark.parametrize("layout", ["plain", "channels_last"])
 def test_large_batches_run_in_chunks(shape: tuple[int, ...], layout: str) -> None:
-    """More than one chunk of samples, the last one short."""
+    """More than one chunk of samples (the number of threads decides), the last one short."""
     g = torch.Generator().manual_seed(1)
     x = torch.randn(*shape, generator=g)
     weight, bias = torch.randn(24, shape[1], 3, 3, generator=g) / 8, torch.randn(24, generator=g)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -275,6 +277,21 @@ def test_compiles_without_graph_breaks(backend, around):
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for got, want in zip(compiled(*args), layer(*args)):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_the_first_call_of_a_process_may_be_compiled():
+    """Nothing is loaded or looked up lazily that the compiler could not trace."""
+    code = """if True:
+        import torch, lfp_kernels
+        x, w, r = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4)
+        f = torch.compile(
+            lambda: lfp_kernels.functional.linear_redistribute(x, w, None, r, r),
+            fullgraph=True, backend="eager",
+        )
+        assert f().input.shape == (2, 3)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_graph_is_built():

@@ -271,10 +271,12 @@ def test_channels_last_states_from_torch():
     spec = optim.SGD(0.1, momentum=0.9)
     twin, before, after = torch_twin(spec, whole), torch_twin(spec, parts), None
     for step in range(4):
-        set_grads(whole, step)
-        set_grads(parts, step)
+        for params in (whole, parts):
+            set_grads(params, step)
+            params[0].grad = params[0].grad.to(memory_format=torch.channels_last)
         twin.step()
         if step == 2:
+            assert not before.state[parts[0]]["momentum_buffer"].is_contiguous()
             after = BoundOptimizer(spec, parts)
             after.load_state_dict(before.state_dict())
         (after or before).step()

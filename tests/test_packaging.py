@@ -105,9 +105,11 @@ def test_import_needs_neither_triton_nor_library() -> None:
     code = """
 import sys
 sys.modules["triton"] = None
-import lfp_kernels._library as library
-library._FOLDER = library._FOLDER / "nowhere"
+import pathlib
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda path: path.suffix != ".so" and exists(path)
 import torch, lfp_kernels
+import lfp_kernels._library as library
 from lfp_kernels import functional as F
 assert "was not built" in library.why_not_loaded("cpu")
 x, w = torch.randn(3, 4), torch.randn(5, 4)

@@ -9,6 +9,8 @@ namespace {
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
+constexpr int64_t kSmallProduct = 1 << 18;  // multiply-adds
+
 Tensor onednn_linear(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias,
                      bool relu) {
   std::array<StableIValue, 6> stack{from(a),
@@ -90,8 +92,9 @@ std::array<Tensor, 2> convolution_backward(const Tensor& s, const Tensor& x, con
 
 Tensor product_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool relu) {
   const auto dtype = a.scalar_type();
-  const bool empty = a.numel() == 0 || b.numel() == 0;
-  if ((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && !empty && has_onednn())
+  // oneDNN wakes every thread, however small the product; the small ones stay on this one.
+  const bool small = a.numel() * b.size(0) < kSmallProduct;
+  if ((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && !small && has_onednn())
     return onednn_linear(a, b, bias, relu);
   std::array<StableIValue, 3> stack{from(a), from(b), from(bias)};
   TORCH_ERROR_CODE_CHECK(

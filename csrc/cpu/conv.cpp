@@ -1,8 +1,7 @@
 // Convolution, 1 to 3 dimensions, transposed or not: z = conv(x, W) + b, J its Jacobians.
 //   s        = prologue(r, z)                   [N, O, ...]
 //   r_in     = input_epilogue(J_x^T s, x)       [N, C, ...]
-//   feedback = weight_epilogue(J_W^T s, W),  bias: weight_epilogue(sum over batch and space of s,
-//   b)
+//   feedback = weight_epilogue(J_W^T s, W),  bias: weight_epilogue(sum of s over N and space, b)
 // Everything runs in channels last when x or the reward comes so, else in the plain layout.
 #include "memory_format.h"
 #include "signal.h"

@@ -128,10 +128,12 @@ std::vector<Acc<P>> column_sums(const Tensor& s) {
   const P* sp = data<P>(s);
   std::vector<Acc<P>> result(out, Acc<P>(0));
   Acc<P>* sums = result.data();
-  torch::stable::parallel_for(0, out, std::max<int64_t>(64, kGrain / std::max<int64_t>(n, 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t k = 0; k < n; ++k)
-      serial_loop(begin, end, [=](int64_t o) { sums[o] += load(sp, k * out + o); });
-  });
+  torch::stable::parallel_for(0, out, std::max<int64_t>(64, kGrain / std::max<int64_t>(n, 1)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t k = 0; k < n; ++k)
+                                  serial_loop(begin, end,
+                                              [=](int64_t o) { sums[o] += load(sp, k * out + o); });
+                              });
   return result;
 }
 

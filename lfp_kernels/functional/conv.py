@@ -146,7 +146,7 @@ def conv_redistribute_update(
     if dense is not weight:
         weight.copy_(dense)
     if bias is not None and dense_bias is not bias and bias_update is not None:
-        bias.copy_(dense_bias)
+        bias.copy_(dense_bias)  # type: ignore[arg-type]
     if input_reward is None or flat[0] is x:
         return input_reward
     return input_reward.squeeze(0)

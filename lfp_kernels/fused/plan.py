@@ -11,6 +11,7 @@ from . import structure as M
 
 _FUSES_RELU = (S.Linear, S.Conv, S.BatchNorm)
 _HANDS_SIGNAL = (S.Linear, S.Conv, S.BatchNorm, S.AvgPool)
+_WIDE = 8  # input channels from which channels last pays
 _TAKES_SIGNAL = (S.Linear, S.Conv, S.BatchNorm, S.AvgPool)
 
 
@@ -30,11 +31,19 @@ class Plan:
         self.free_forward = self._free_after_forward()
         self._relu_in_place()
         self.free_backward = self._free_after_backward()
+        self.channels_last = self._prefers_channels_last()
         uses = Counter(id(p) for s in self.stages for p in s.parameters)
         self.shared = [key for key, count in uses.items() if count > 1]
 
     def consumers(self, slot: int) -> list[S.Stage]:
         return [s for s in self.stages if slot in s.reads]
+
+    def _prefers_channels_last(self) -> bool:
+        """Channels last is the faster layout of 2-d convolutions, except of input products with a
+        few channels (docs/performance.md)."""
+        convs = [s for s in self.stages if isinstance(s, S.Conv) and s.weight.dim() == 4]
+        wide = all(s.channels >= _WIDE for s in convs if s.wants_input)
+        return bool(convs) and wide
 
     def _fuse_relus(self) -> None:
         """A ReLU behind a layer becomes part of it; the layer's z is then the activation.

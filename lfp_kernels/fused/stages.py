@@ -147,6 +147,7 @@ class Conv(_Weighted):
     ) -> None:
         super().__init__(weight, bias, rule, composite)
         self.geometry = geometry
+        self.channels = weight.shape[0 if geometry.transposed else 1]
 
     def forward(self, run: Run) -> Tensor:
         return F.conv(

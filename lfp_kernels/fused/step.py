@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import functional as F
 from .. import rewards
 from ..composites import Composite, check_finite
 from ..optim import SGD, AdamW, BoundOptimizer
@@ -54,7 +55,8 @@ class FusedStep:
             self.optimizer = BoundOptimizer(optimizer, parameters)
 
     def _make_plan(self) -> Plan:
-        self._trainable = [p.requires_grad for p in self.model.parameters()]
+        self._parameters = list(self.model.parameters())
+        self._trainable = [p.requires_grad for p in self._parameters]
         return Plan(*trace(self.model, self.composite))
 
     def __repr__(self) -> str:
@@ -79,12 +81,12 @@ class FusedStep:
                 optimizer state are as before then.
         """
         self._check_input(x)
-        if self._trainable != [p.requires_grad for p in self.model.parameters()]:
+        if self._trainable != [p.requires_grad for p in self._parameters]:
             self._plan = self._make_plan()
         plan = self._plan
         updates = Updates(self.optimizer, plan.shared)
         run = Run(plan.slots, len(plan.stages), updates)
-        out = plan.forward(run, x)
+        out = plan.forward(run, F.channels_last(x) if plan.channels_last and x.dim() == 4 else x)
         reward = self.reward(out, y)
         if reward.shape != out.shape:
             raise ValueError(

@@ -1,5 +1,9 @@
 """One folder per op: schema and fake in ``__init__``, backends as peers beside it."""
 
+from .. import _library
 from . import activation, batch_norm, combine, conv, linear, pool, reward, update
 
 __all__ = ["activation", "batch_norm", "combine", "conv", "linear", "pool", "reward", "update"]
+
+# Here and not at the first call: that one may be under torch.compile, which cannot trace a dlopen.
+_library.why_not_loaded("cpu")
