@@ -2,11 +2,12 @@
 
 Per layer: the forward product, the input product (not for the first layer) and the weight product.
 ``floor`` issues them as the fused step does on a CPU: linear products in float32 and bfloat16
-through oneDNN, the weight product in row tiles of W (so that a tile's result stays in cache),
-convolutions through aten::convolution and one aten::convolution_backward per product; results
-dropped. ``floor_aten`` issues the calls that ATen picks for F.linear, F.conv2d and their
-backward, as autograd does. What neither holds: bias and activation, the division by z, the factors
-x and |W|, the update of W and momentum, batch norm, pools, transposes and conversions of operands.
+through oneDNN (small ones through ATen), the weight product in row tiles of W (so that a tile's
+result stays in cache), convolutions through aten::convolution and one aten::convolution_backward
+per product, in channels last where the fused step's plan is; results dropped. ``floor_aten`` issues
+the calls that ATen picks for F.linear, F.conv2d and their backward, as autograd does. What neither
+holds: bias and activation, the division by z, the factors x and |W|, the update of W and momentum,
+batch norm, pools, transposes and conversions of operands.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lfp_kernels import functional
+
 DEFINITION = (
     "floor: the step's bare products alone (forward; input, not for the first layer; weight), "
     "issued as the fused step issues them; floor_aten: the same products as ATen picks them"
 )
 TILE_ELEMENTS = 1 << 20  # of the weight product, as in csrc/cpu/linear.cpp
+SMALL_PRODUCT = 1 << 18  # multiply-adds below which ATen runs it, as in csrc/cpu/aten.cpp
 
 Call = Callable[[], Any]
 
@@ -76,14 +80,21 @@ def layers(model: nn.Module, x: Tensor) -> list[Layer]:
     return found
 
 
-def calls(found: list[Layer], feedback_dtype: torch.dtype | None, *, aten: bool) -> list[Call]:
-    """The products of one step. ``aten``: as ATen picks them; else as the fused step does."""
+def calls(
+    found: list[Layer],
+    feedback_dtype: torch.dtype | None,
+    *,
+    aten: bool,
+    channels_last: bool = False,
+) -> list[Call]:
+    """The products of one step. ``aten``: as ATen picks them; else as the fused step does, 2-d
+    convolutions in channels last if its plan says so."""
     result: list[Call] = []
     for layer in found:
         if isinstance(layer.module, nn.Linear):
             result += _linear(layer, feedback_dtype, aten or not _has_onednn(layer.x))
         else:
-            result += _conv(layer, feedback_dtype, aten)
+            result += _conv(layer, feedback_dtype, aten, channels_last)
     return result
 
 
@@ -101,9 +112,11 @@ def _has_onednn(like: Tensor) -> bool:
     )
 
 
-def _onednn(a: Tensor, b: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor) -> Call:
     """a[M, K] b[N, K]^T; b may be a transposed view."""
-    return torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
+    if a.numel() * b.shape[0] < SMALL_PRODUCT:
+        return partial(torch.ops.aten.linear.default, a, b)
+    return partial(torch.ops.mkldnn._linear_pointwise.default, a, b, None, "none", [], "")
 
 
 def _linear(layer: Layer, feedback_dtype: torch.dtype | None, aten: bool) -> list[Call]:
@@ -116,22 +129,26 @@ def _linear(layer: Layer, feedback_dtype: torch.dtype | None, aten: bool) -> lis
         if not layer.first:
             result.append(partial(torch.mm, s, ws))
         return [*result, partial(torch.mm, s.t(), xs)]
-    result = [partial(_onednn, x, w)]
+    result = [_product(x, w)]
     if not layer.first:
-        result.append(partial(_onednn, s, ws.t()))
+        result.append(_product(s, ws.t()))
     rows = max(TILE_ELEMENTS // w.shape[1], 16)
     for begin in range(0, w.shape[0], rows):
         columns = s[:, begin : begin + rows].t().contiguous()
-        result.append(partial(_onednn, columns, xs.t()))
+        result.append(_product(columns, xs.t()))
     return result
 
 
-def _conv(layer: Layer, feedback_dtype: torch.dtype | None, aten: bool) -> list[Call]:
+def _conv(
+    layer: Layer, feedback_dtype: torch.dtype | None, aten: bool, channels_last: bool
+) -> list[Call]:
     m = layer.module
     assert isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not isinstance(m.padding, str)
-    x, w = layer.x, layer.weight
+    x, z, w = layer.x, layer.z, layer.weight
+    if channels_last and not aten and x.dim() == 4:
+        x, z = functional.channels_last(x), functional.channels_last(z)
     dtype = feedback_dtype or x.dtype
-    s, xs, ws = torch.randn_like(layer.z, dtype=dtype), x.to(dtype), w.to(dtype)
+    s, xs, ws = torch.randn_like(z, dtype=dtype), x.to(dtype), w.to(dtype)
     geometry = (m.stride, m.padding, m.dilation, False, [0] * len(m.stride), m.groups)
 
     def backward(need_input: bool, need_weight: bool) -> Call:

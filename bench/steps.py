@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lfp_kernels
+from lfp_kernels.fused import FusedStep
 from lfp_kernels.nested import NestedReference
 
 from . import floor
@@ -53,16 +54,19 @@ class Problem:
         return torch.optim.SGD(self.model.parameters(), lr=LR, momentum=MOMENTUM, **options)
 
 
+def _fuse(problem: Problem) -> FusedStep:
+    return lfp_kernels.fuse(
+        problem.model,
+        lfp_kernels.composites.Epsilon(eps=EPS),
+        reward="softmax",
+        optimizer=lfp_kernels.optim.SGD(lr=LR, momentum=MOMENTUM),
+        feedback_dtype=problem.workload.feedback_dtype,
+    )
+
+
 def fused(problem: Problem) -> Step:
     """lfp_kernels.fuse."""
-    optimizer = lfp_kernels.optim.SGD(lr=LR, momentum=MOMENTUM)
-    composite = lfp_kernels.composites.Epsilon(eps=EPS)
-    options = {}
-    if problem.workload.feedback_dtype is not None:
-        options["feedback_dtype"] = problem.workload.feedback_dtype
-    step = lfp_kernels.fuse(
-        problem.model, composite, reward="softmax", optimizer=optimizer, **options
-    )
+    step = _fuse(problem)
     return Step(lambda: step(problem.x, problem.y), problem.model)
 
 
@@ -134,7 +138,8 @@ def reference_compiled(problem: Problem) -> Step:
 def floor_own(problem: Problem, aten: bool = False) -> Step:
     """The bare products as the fused step issues them."""
     found = floor.layers(problem.model, problem.x)
-    products = floor.calls(found, problem.workload.feedback_dtype, aten=aten)
+    layout = _fuse(problem)._plan.channels_last
+    products = floor.calls(found, problem.workload.feedback_dtype, aten=aten, channels_last=layout)
     return Step(lambda: floor.run_all(products))
 
 

@@ -3,6 +3,7 @@
 //   r_in     = input_epilogue(s W, x)         [N, I]
 //   feedback = weight_epilogue(s^T x, W)      [O, I],  bias: weight_epilogue(sum_n s, b)
 // The update form applies feedback to W tile by tile, right behind the product of that tile.
+#include "one_pass.h"
 #include "signal.h"
 #include "update.h"
 
@@ -173,6 +174,34 @@ Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor>
   return result;
 }
 
+// W and its states take one optimizer step along weight_epilogue(s^T x, W).
+template <class T, class P, class Rule, class Optimizer>
+void update_weight(const Layer& layer, const Tensor& s, const std::vector<Tensor>& states,
+                   RuleParams<Acc<T>> p, OptimizerParams<Acc<T>> h) {
+  T* w = data<T>(layer.weight);
+  const int64_t n = layer.n(), in = layer.in(), out = layer.out();
+#if LFP_ONE_PASS
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<P, float>) {
+    if (one_pass_pays(n, in, out)) {
+      const int64_t groups = (out + kRows - 1) / kRows;
+      const int64_t grain = std::max<int64_t>(1, kProductGrain / (n * in * kRows));
+      torch::stable::parallel_for(0, groups, grain, [&](int64_t first, int64_t last) {
+        one_pass_rows<Rule, Optimizer>(data<T>(s), data<T>(layer.x), w, state<T>(states, 0),
+                                       state<T>(states, 1), n, in, out, first * kRows,
+                                       std::min(out, last * kRows), p, h);
+      });
+      return;
+    }
+  }
+#endif
+  weight_tiles<P>(s, as_product_type<T, P>(layer.x),
+                  [&](int64_t begin, int64_t rows, const P* tile) {
+                    const int64_t at = begin * in;
+                    update_range<T, Rule, Optimizer>(tile, w + at, state<T>(states, 0, at),
+                                                     state<T>(states, 1, at), rows * in, p, h);
+                  });
+}
+
 Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
                                   Tensor reward, std::vector<Tensor> weight_state,
                                   std::vector<Tensor> bias_state, int64_t rule, Params params,
@@ -197,13 +226,7 @@ Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor>
         using Rule = decltype(functor);
         using Optimizer = decltype(step);
         const auto h = optimizer_params<A>(hyper);
-        T* w = data<T>(weight);
-        weight_tiles<P>(
-            s, as_product_type<T, P>(layer.x), [&](int64_t begin, int64_t rows, const P* tile) {
-              const int64_t at = begin * in;
-              update_range<T, Rule, Optimizer>(tile, w + at, state<T>(weight_state, 0, at),
-                                               state<T>(weight_state, 1, at), rows * in, p, h);
-            });
+        update_weight<T, P, Rule, Optimizer>(layer, s, weight_state, p, h);
       });
       if (!bias.has_value()) return;
       const auto sums = column_sums<P>(s);

@@ -85,7 +85,9 @@ class Reshaper:
     def __call__(self, values: list[Any]) -> Any:
         args, kwargs = self.resolve(values)
         if self.method:
-            return getattr(args[0], self.target)(*args[1:], **kwargs)
+            # A view of a channels-last value is a copy; the model wrote it for the plain layout.
+            name = "reshape" if self.target == "view" else self.target
+            return getattr(args[0], name)(*args[1:], **kwargs)
         return self.target(*args, **kwargs)
 
 
