@@ -83,10 +83,11 @@ def _build() -> str:
 def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none"
-    return ", ".join(
-        f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
-        for i in range(torch.cuda.device_count())
-    )
+    found = []
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        found.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+    return ", ".join(found)
 
 
 def _loaded(library: str) -> Callable[[], str]:

@@ -9,17 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, measure, methods, models, plots, report
+from . import checkpoint, data, measure, methods, plots, report
 from .train import Run, Settings
 
 LFP, SGD = "LFP", "gradient descent"
-SGD_STEP = "gradient descent, autograd"
+SGD_STEP, NESTED = "gradient descent, autograd", "LFP, nested autograd"
 STEPS = {  # name in the table: method and way
     "LFP, fused": ("lfp", "fused"),
     "LFP, drop-in": ("lfp", "drop-in"),
     SGD_STEP: ("sgd", "fused"),
 }
-HISTOGRAM_IMAGES = 512
 # Larger than in training: heatmaps are to be read, and a small one lets weak neurons flicker
 HEATMAP_EPS = 0.25
 LAYERS_SHOWN = 6
@@ -72,6 +71,7 @@ def _costs(
     steps = {}
     for name, (method, way) in STEPS.items():
         steps[name] = methods.learner(copy.deepcopy(initial).train(), method, way, **options).step
+    steps[NESTED] = methods.nested(copy.deepcopy(initial).train(), **options).step
     return measure.costs(steps, x, y, repeats)
 
 
@@ -89,39 +89,34 @@ def _examples(digits: data.Dataset, model: nn.Module) -> tuple[Tensor, Tensor]:
 def _figures(
     out: Path, results: report.Results, initial: nn.Module, trained: dict[str, nn.Module]
 ) -> report.Figures:
-    settings, digits, runs = results.settings, results.data, results.histories
-    test = "test accuracy"
-    plots.curves(out / "accuracy.png", runs, "epoch", "accuracy", ("epoch", test), True)
-    labels = ("seconds of training", test)
-    plots.curves(out / "accuracy_time.png", runs, "seconds", "accuracy", labels, True)
-    labels = ("epoch", "reward handed out per image")
-    plots.curves(out / "reward.png", runs, "epoch", "reward", labels, False)
+    settings, digits = results.settings, results.data
+    curves = []
+    for y, label in (("accuracy", "test accuracy"), ("reward", "reward handed out per image")):
+        for x, over in (("epoch", "epoch"), ("seconds", "seconds of training")):
+            curves.append(out / f"{y}_by_{x}.png")
+            plots.curves(curves[-1], results.histories, (x, over), (y, label))
 
-    x, y = _examples(digits, trained[LFP])
+    images, labels = _examples(digits, trained[LFP])
     maps = {
-        name: measure.relevance(model, x, y, HEATMAP_EPS)
+        name: measure.relevance(model, images, labels, HEATMAP_EPS)
         for name, model in zip(("LFP", "SGD"), trained.values())
     }
     heatmaps = []
-    for part, rows in enumerate(torch.arange(len(y)).split(5), 1):
+    for part, rows in enumerate(torch.arange(len(labels)).split(5), 1):
         heatmaps.append(out / f"heatmaps_{part}.png")
-        names = [str(int(label)) for label in y[rows]]
+        names = [str(int(label)) for label in labels[rows]]
         here = {name: values[rows] for name, values in maps.items()}
-        plots.heatmaps(heatmaps[-1], digits.pixels(x[rows]), names, here)
+        plots.heatmaps(heatmaps[-1], digits.pixels(images[rows]), names, here)
 
-    images = digits.train_x[:HISTOGRAM_IMAGES], digits.train_y[:HISTOGRAM_IMAGES]
+    batch = digits.train_x[: report.HISTOGRAM_IMAGES], digits.train_y[: report.HISTOGRAM_IMAGES]
     before, after = (
-        measure.weight_rewards(model, *images, settings.eps) for model in (initial, trained[LFP])
+        measure.weight_rewards(model, *batch, settings.eps) for model in (initial, trained[LFP])
     )
     histograms = []
     for name in _spread(list(before)):
         histograms.append(out / f"rewards_{name.replace('.', '_')}.png")
         plots.histogram(histograms[-1], name, before[name], after[name])
-    return report.Figures(
-        curves=[out / "accuracy.png", out / "accuracy_time.png", out / "reward.png"],
-        heatmaps=heatmaps,
-        histograms=histograms,
-    )
+    return report.Figures(curves, heatmaps, histograms)
 
 
 def _spread(names: list[str]) -> list[str]:

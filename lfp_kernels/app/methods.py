@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lfp_kernels
+from lfp_kernels.nested import NestedReference
 
 from . import AppError
 
@@ -73,6 +74,25 @@ def _drop_in(
             lfp_kernels.backward(out, lfp_kernels.rewards.softmax(out, y))
         _clip_and_step(model, optimizer, clip)
         return out.detach()
+
+    return Learner(step, optimizer)
+
+
+def nested(
+    model: nn.Module, *, lr: float, momentum: float, clip: float | None, eps: float
+) -> Learner:
+    """LFP by nested autograd calls, as the official package runs it: to compare the cost."""
+    reference = NestedReference(model, eps=eps)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        with reference.context():
+            out, _ = reference.redistribute(x, y)
+        for parameter in model.parameters():
+            feedback = parameter.feedback  # type: ignore[attr-defined]
+            parameter.grad = None if feedback is None else -feedback
+        _clip_and_step(model, optimizer, clip)
+        return out
 
     return Learner(step, optimizer)
 

@@ -12,18 +12,18 @@ from . import AppError
 
 
 class LeNet(nn.Module):
-    """LeNet-5 with ReLU and max pooling."""
+    """LeNet with ReLU, max pooling and 16 and 32 maps."""
 
     def __init__(self, channels: int, size: int, classes: int) -> None:
         super().__init__()
-        side = (size // 2 - 4) // 2  # conv1 keeps the size, conv2 takes 4, both pools halve
-        self.conv1 = nn.Conv2d(channels, 6, 5, padding=2)
+        side = ((size - 4) // 2 - 4) // 2  # a convolution takes 4 pixels, a pool halves
+        self.conv1 = nn.Conv2d(channels, 16, 5)
         self.relu1 = nn.ReLU()
         self.pool1 = nn.MaxPool2d(2)
-        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.conv2 = nn.Conv2d(16, 32, 5)
         self.relu2 = nn.ReLU()
         self.pool2 = nn.MaxPool2d(2)
-        self.fc1 = nn.Linear(16 * side * side, 120)
+        self.fc1 = nn.Linear(32 * side * side, 120)
         self.relu3 = nn.ReLU()
         self.fc2 = nn.Linear(120, 84)
         self.relu4 = nn.ReLU()
@@ -138,7 +138,7 @@ MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "vgg": VGG,
     "resnet": ResNet,
 }
-SMALLEST = {"lenet": 12, "mlp": 1, "vgg": 8, "resnet": 1}
+SMALLEST = {"lenet": 16, "mlp": 1, "vgg": 8, "resnet": 1}
 
 
 def build(name: str, channels: int = 1, size: int = 28, classes: int = 10) -> nn.Module:

@@ -15,7 +15,13 @@ try:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.axes import Axes
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import (
+        FixedLocator,
+        FuncFormatter,
+        MaxNLocator,
+        NullLocator,
+        PercentFormatter,
+    )
 except ImportError:
     plt = None
 
@@ -49,32 +55,26 @@ def require() -> None:
         raise AppError("demo: the figures need matplotlib; fix: pip install matplotlib")
 
 
-def curves(
-    path: Path, runs: dict[str, History], x: str, y: str, labels: tuple[str, str], percent: bool
-) -> None:
-    """``y`` over ``x`` of the finished epochs, one line per run."""
+def curves(path: Path, runs: dict[str, History], x: tuple[str, str], y: tuple[str, str]) -> None:
+    """Field ``y`` over field ``x`` of the finished epochs, each with its label; a line per run."""
+    percent = y[0] == "accuracy"
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5, 3.2))
         for (name, history), colour, marker in zip(runs.items(), (LFP, SGD), "os"):
-            records = history[1:]  # at epoch 0 nothing was learned yet: it would flatten the rest
+            records = [record for record in history if y[0] in record]
             axes.plot(
-                [record[x] for record in records],
-                [record[y] for record in records],
+                [record[x[0]] for record in records],
+                [record[y[0]] for record in records],
                 color=colour,
                 marker=marker,
                 markersize=4.5,
                 label=name,
             )
-        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.set(xlabel=x[1], ylabel=y[1], xlim=(0, None), ylim=(0, 1.03 if percent else None))
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-            axes.set_ylim(top=1)
-        else:
-            axes.set_ylim(bottom=0)
-        if x == "epoch":
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        if x[0] == "epoch":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        else:
-            axes.set_xlim(left=0)
         axes.legend(loc="lower right" if percent else "upper right")
         _save(figure, path)
 
@@ -111,24 +111,31 @@ def _relevance(axes: Axes, values: np.ndarray, image: np.ndarray) -> None:
 
 
 def histogram(path: Path, title: str, before: Tensor, after: Tensor) -> None:
-    """Weight rewards of one layer before and after training, on a common axis."""
-    values = {"before training": before.flatten().numpy(), "after": after.flatten().numpy()}
-    limit = max(float(np.quantile(np.abs(v), 0.99)) for v in values.values()) or 1.0
+    """Weight rewards of one layer before and after training, on a common axis that is linear
+    around zero and logarithmic beyond: they span many orders of magnitude."""
+    values = {
+        "before training": before.flatten().numpy(),
+        "after training": after.flatten().numpy(),
+    }
+    top = max(float(np.abs(v).max()) for v in values.values()) or 1.0
+    linear = top / 1e3
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(3.4, 2.4))
-        bins = np.linspace(-limit, limit, 41)
+        figure, axes = plt.subplots(figsize=(3.6, 2.7))
+        positive = np.geomspace(linear, top, 16)
+        bins = np.concatenate([-positive[::-1], [0], positive])
         for (name, v), colour, filled in zip(values.items(), (GREY, LFP), (True, False)):
-            share = np.full(v.size, 1 / max(1, v.size))
             axes.hist(
-                np.clip(v, -limit, limit), bins, weights=share, color=colour, label=name,
-                histtype="stepfilled" if filled else "step", alpha=0.45 if filled else 1,
+                v, bins, weights=np.full(v.size, 1 / max(1, v.size)), color=colour, label=name,
+                histtype="stepfilled" if filled else "step", alpha=0.4 if filled else 1,
                 linewidth=1.6,
             )  # fmt: skip
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xscale("symlog", linthresh=linear, linscale=0.5)
+        axes.xaxis.set_major_locator(FixedLocator([-top, -top / 30, 0, top / 30, top]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set(title=title, xlabel="reward per weight", ylabel="share of weights")
-        axes.legend(fontsize=8, loc="upper right")
+        figure.legend(fontsize=8, loc="outside upper right", ncols=2, handlelength=1.2)
         _save(figure, path)
 
 

@@ -15,6 +15,7 @@ from .data import Dataset
 from .measure import Cost
 from .train import Settings
 
+HISTOGRAM_IMAGES = 512
 FACTS = ("lfp_kernels", "torch", "python", "CPU", "CPU features", "cores", "threads", "library cpu")
 
 
@@ -85,7 +86,8 @@ def _page(results: Results, figures: Figures) -> str:
             logit times target minus probability. A network that is sure and right has nothing left
             to hand out, so learning shows as a falling curve. Gradient descent does not use the
             reward; its curve is there to compare.""",
-            _figure(figures.curves[2], "Absolute reward per training image, mean of each epoch."),
+            _figure(figures.curves[2], "Absolute reward per training image, mean of each epoch.")
+            + _figure(figures.curves[3], "The same over the seconds spent in training steps."),
         ),
         _section(
             "What the networks look at",
@@ -96,11 +98,12 @@ def _page(results: Results, figures: Figures) -> str:
         ),
         _section(
             "What the weights receive",
-            f"""Each weight's reward, summed over {HISTOGRAM_TEXT}. Before training rewards are spread
-            wide; afterwards nearly all weights receive almost none. Rewards beyond the axis are
-            counted in the outermost bars; the vertical axis is logarithmic.""",
+            f"""The reward that each weight receives, summed over {HISTOGRAM_IMAGES} training images:
+            what flowed through the connection, signed so that following it makes useful weights
+            larger and harmful ones smaller. The axis is linear around zero and logarithmic beyond
+            it.""",
             "".join(
-                _figure(path, f"Layer weight {path.stem.removeprefix('rewards_')}.")
+                _figure(path, f"Weight rewards, {path.stem.removeprefix('rewards_')}.")
                 for path in figures.histograms
             ),
             "small",
@@ -117,7 +120,6 @@ def _page(results: Results, figures: Figures) -> str:
     )
 
 
-HISTOGRAM_TEXT = "512 training images"
 _HEATMAP_CAPTION = "Top: test image. Below: relevance in the network trained by LFP and by SGD."
 
 

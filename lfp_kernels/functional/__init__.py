@@ -13,6 +13,7 @@ from .linear import Redistributed, linear, linear_redistribute, linear_redistrib
 from .norm import batch_norm, batch_norm_redistribute
 from .pool import (
     adaptive_avg_pool_redistribute,
+    adaptive_max_pool,
     avg_pool,
     avg_pool_redistribute,
     max_pool,
@@ -24,6 +25,7 @@ __all__ = [
     "ConvGeometry",
     "Redistributed",
     "adaptive_avg_pool_redistribute",
+    "adaptive_max_pool",
     "avg_pool",
     "avg_pool_redistribute",
     "batch_norm",

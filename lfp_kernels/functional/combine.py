@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _validate as check
 from .. import ops
 from ..backends import select
-from ..rules import Epsilon, Rule
+from ..rules import Epsilon, Rule, accumulate_dtype
 
 _ = ops  # registers the schemas
 _EPSILON = Epsilon()
@@ -26,23 +26,36 @@ def sum_redistribute(
         a, b: operands; they broadcast to reward's shape, and the reward of a broadcast operand is
             summed back to its own.
         signal_in: ``reward`` is already s.
+
+    Returns:
+        The rewards of a and b, each in its operand's shape.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
     """
     op = "sum_redistribute"
     check.floating(op, "reward", reward)
     check.rule(op, rule)
     for name, value in (("a", a), ("b", b)):
         check.like(op, name, value, reward, "reward")
-    if torch.broadcast_shapes(a.shape, b.shape) != reward.shape:
+    implementation = select("combine", reward)
+    if a.shape == b.shape:
+        check.shape(op, "reward", reward, a.shape)
+        return implementation.sum_redistribute(a, b, reward, rule, signal_in)
+    try:
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+    except RuntimeError:
         raise ValueError(
-            f"{op}: reward: expected shape {tuple(torch.broadcast_shapes(a.shape, b.shape))} of "
-            f"a + b, got {tuple(reward.shape)}"
-        )
-    wide = (t if t.shape == reward.shape else t.expand(reward.shape) for t in (a, b))
-    first, second = select("combine", reward).sum_redistribute(*wide, reward, rule, signal_in)
-    return (
-        first if a.shape == reward.shape else first.sum_to_size(a.shape),
-        second if b.shape == reward.shape else second.sum_to_size(b.shape),
+            f"{op}: b: expected a shape that broadcasts with a's {tuple(a.shape)}, "
+            f"got {tuple(b.shape)}"
+        ) from None
+    check.shape(op, "reward", reward, shape)
+    acc = accumulate_dtype(reward.dtype)  # copies are summed before the result is rounded
+    rewards = implementation.sum_redistribute(
+        a.to(acc).expand(shape), b.to(acc).expand(shape), reward.to(acc), rule, signal_in
     )
+    first, second = (r.sum_to_size(t.shape).to(t.dtype) for r, t in zip(rewards, (a, b)))
+    return first, second
 
 
 @torch.no_grad()
@@ -71,12 +84,18 @@ def dropout_redistribute(
     check.tensor(op, "mask", mask)
     check.shape(op, "mask", mask, reward.shape)
     if mask.dtype != torch.bool:
-        raise TypeError(f"{op}: mask: expected torch.bool, got {mask.dtype}")
+        raise TypeError(f"{op}: mask: expected torch.bool, got {mask.dtype}; pass dropout's mask")
+    if mask.device != reward.device:
+        raise ValueError(
+            f"{op}: mask: expected device {reward.device} like reward, got {mask.device}"
+        )
     _check_probability(op, p)
     scale = 1.0 if conserving or p == 1 else 1 / (1 - p)
     return select("combine", reward).dropout_redistribute(reward, mask, scale)
 
 
 def _check_probability(op: str, p: float) -> None:
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{op}: p: expected a number in [0, 1], got {p!r}")
     if not 0 <= p <= 1:
         raise ValueError(f"{op}: p: expected a probability in [0, 1], got {p}")

@@ -1,6 +1,8 @@
-"""Pools in compiled code (csrc/cpu/pool.cpp). Max pooling in 3-d is ATen's."""
+"""Pools in compiled code (csrc/cpu/pool.cpp, csrc/cpu/max_pool.cpp)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,48 +13,37 @@ from ...rules import SIGNAL_IN, SIGNAL_OUT, Rule, run_params
 _ops = torch.ops.lfp_kernels
 
 
-def max_pool(
+def _chain(below: Rule | None, signal_in: bool) -> int:
+    return (SIGNAL_IN if signal_in else 0) | (0 if below is None else SIGNAL_OUT)
+
+
+def avg_forward(
     x: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
     ceil_mode: bool,
-) -> tuple[Tensor, Tensor]:
-    if x.dim() == 5:
-        z, winner = F.max_pool3d(
-            x, kernel, stride, padding, dilation, ceil_mode, return_indices=True
+    count_include_pad: bool,
+    divisor: int | None,
+) -> Tensor:
+    """ATen's own kernels."""
+    if x.dim() == 3:  # F.avg_pool1d takes no divisor
+        kernel, stride, padding = (1, *kernel), (1, *stride), (0, *padding)
+        out = F.avg_pool2d(
+            x.unsqueeze(2), kernel, stride, padding, ceil_mode, count_include_pad, divisor
         )
-        return z, winner.int()
-    out = [
-        _pooled(size, *window, ceil_mode)
-        for size, *window in zip(x.shape[2:], kernel, stride, padding, dilation)
-    ]
-    return _ops.max_pool_forward.default(x, kernel, stride, padding, dilation, out)
+        return out.squeeze(2)
+    pool = F.avg_pool2d if x.dim() == 4 else F.avg_pool3d
+    return pool(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor)
 
 
-def _pooled(
-    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
-) -> int:
-    """Windows along one axis; with ceil_mode the last may hang over but must start inside."""
-    span = size + 2 * padding - dilation * (kernel - 1) - 1
-    count = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
-    return count - 1 if ceil_mode and (count - 1) * stride >= size + padding else count
-
-
-def max_pool_redistribute(reward: Tensor, winner: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if winner.dtype != torch.int32:
-        winner = winner.int()
-    return _ops.max_pool_redistribute.default(reward, winner, shape)
-
-
-def avg_pool_redistribute(
+def avg_redistribute(
     x: Tensor,
     z: Tensor,
     reward: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
     ceil_mode: bool,
     count_include_pad: bool,
     divisor: int | None,
@@ -61,12 +52,12 @@ def avg_pool_redistribute(
     signal_in: bool,
 ) -> Tensor:
     return _ops.avg_pool_redistribute.default(
-        x, z, reward, kernel, stride, padding, ceil_mode, count_include_pad, divisor,
+        x, z, reward, kernel, stride, padding, count_include_pad, divisor,
         rule.code, run_params(rule, below), _chain(below, signal_in),
     )  # fmt: skip
 
 
-def adaptive_avg_pool_redistribute(
+def adaptive_avg_redistribute(
     x: Tensor, z: Tensor, reward: Tensor, rule: Rule, below: Rule | None, signal_in: bool
 ) -> Tensor:
     return _ops.adaptive_avg_pool_redistribute.default(
@@ -74,5 +65,16 @@ def adaptive_avg_pool_redistribute(
     )
 
 
-def _chain(below: Rule | None, signal_in: bool) -> int:
-    return (SIGNAL_IN if signal_in else 0) | (0 if below is None else SIGNAL_OUT)
+def max_forward(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    return _ops.max_pool_forward.default(x, kernel, stride, padding, dilation, ceil_mode)
+
+
+def max_redistribute(reward: Tensor, indices: Tensor, input_shape: Sequence[int]) -> Tensor:
+    return _ops.max_pool_redistribute.default(reward, indices, input_shape)
