@@ -1,4 +1,5 @@
 # Every target makes .venv first when it is missing; PYTHON=... picks the interpreter.
+# make demo DATA=path takes MNIST idx files or CIFAR-10 python batches instead of the digits.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -17,7 +18,7 @@ lfp_kernels/_C_cpu.so: $(STAMP) $(NATIVE)
 	touch $@
 
 demo: lfp_kernels/_C_cpu.so
-	$(RUN) -m lfp_kernels demo --out runs/demo
+	$(RUN) -m lfp_kernels demo --out runs/demo $(if $(DATA),--data $(DATA))
 
 test: lfp_kernels/_C_cpu.so
 	$(RUN) -m pytest -q -m "not slow and not gpu"

@@ -26,7 +26,7 @@ DEFINITION = (
     "floor: the step's bare products alone (forward; input, not for the first layer; weight), "
     "issued as the fused step issues them; floor_aten: the same products as ATen picks them"
 )
-TILE_ELEMENTS = 1 << 20  # of the weight product, as in csrc/cpu/linear.cpp
+TILE_ELEMENTS = 1 << 20  # of the weight product: full speed of the library, no page faults
 SMALL_PRODUCT = 1 << 18  # multiply-adds below which ATen runs it, as in csrc/cpu/aten.cpp
 
 Call = Callable[[], Any]

@@ -118,7 +118,7 @@ class AvgPoolReward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, reward: Tensor):
         x, z = ctx.saved_tensors
-        return F.avg_pool_redistribute(x, z, reward, *ctx.settings, ctx.rule), None, None
+        return F.avg_pool_redistribute(x, z, reward, *ctx.settings, rule=ctx.rule), None, None
 
 
 class AdaptiveAvgPoolReward(torch.autograd.Function):

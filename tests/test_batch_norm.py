@@ -23,7 +23,7 @@ EPS = 1e-5
 # many channels, many rows
 SHAPES = [
     (7, 5), (4, 3, 2), (3, 1, 5), (2, 5, 7, 9), (3, 4, 1, 1), (2, 3, 6, 6), (2, 2, 3, 4, 5),
-    (40, 300), (3, 20, 8, 8), (2, 2, 190, 190), (1, 2, 3), (1100, 3), (5, 3, 40, 33),
+    (40, 300), (3, 20, 8, 8), (2, 2, 150, 150), (1, 2, 3), (1100, 3), (5, 3, 40, 33),
 ]  # fmt: skip
 
 
@@ -203,10 +203,10 @@ def test_redistribute_matches_autograd(backend, shape, training, affine):
     for name, a, b in zip(("input", "weight", "bias"), got, truth):
         assert (a is None) == (b is None), name
         if a is not None:
-            close(a, b, 1e-10)
+            close(a, b, 1e-12)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)  # the oracle is no truth for float64's last bit
 @pytest.mark.parametrize("shape", [(7, 5), (3, 4, 5, 6), (2, 3, 40, 40), (64, 40, 3, 3)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_redistribute_within_the_error_budget(dtype, shape, training):
@@ -390,14 +390,14 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.parametrize("training", [True, False])
 def test_opcheck(training):
     for x0 in (case((4, 3, 5, 5), torch.float32)[0], case((6, 3), torch.float32)[0]):
-        for x in (x0, *layouts(x0)[:2], layouts(x0)[-1]):
+        for x in (x0, layouts(x0)[0], layouts(x0)[-2]):
             _, weight, bias, mean, var = case(tuple(x.shape), torch.float32)
             torch.library.opcheck(
                 OPS.batch_norm_forward.default,
                 (x, weight, bias, mean, var, training, 0.1, EPS, True),
             )
             z, *stats = forward("native", x, weight, bias, mean, var, training=training)
-            for need in ((True, True, True), (False, True, False)):
+            for need in ((True, True, True), (False, True, False))[: 2 if x is x0 else 1]:
                 torch.library.opcheck(
                     OPS.batch_norm_redistribute.default,
                     (x, weight, bias, z, reward_for(x), *stats, training, 0, [1e-6, 1.0], *need, 0),

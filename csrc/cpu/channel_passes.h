@@ -5,8 +5,8 @@
 
 namespace lfp::cpu {
 
-constexpr int64_t kLanes = 32;     // independent partial sums
-constexpr int64_t kFlush = 1024;   // elements that are summed in float before float64 takes over
+constexpr int64_t kLanes = 32;  // independent partial sums
+constexpr int64_t kRun = 8;  // additions in a row before float64 takes over: feedback sums cancel
 constexpr int64_t kTileRows = 32;  // rows x columns of a tile stay in the first-level cache
 constexpr int64_t kTileColumns = 256;
 constexpr int64_t kBlock = 32768;  // elements of a block stay in the second-level cache
@@ -80,8 +80,8 @@ LFP_CLONES Pair<double> sum_planes(int64_t first, int64_t last, int64_t stride, 
   };
   for (int64_t o = first; o < last; ++o) {
     const int64_t base = o * stride;
-    for (int64_t begin = 0; begin < inner; begin += kFlush) {
-      const int64_t end = std::min(inner, begin + kFlush);
+    for (int64_t begin = 0; begin < inner; begin += kRun * kLanes) {
+      const int64_t end = std::min(inner, begin + kRun * kLanes);
       int64_t i = begin;
       for (; i + kLanes <= end; i += kLanes)
         for (int64_t l = 0; l < kLanes; ++l) {
@@ -95,7 +95,7 @@ LFP_CLONES Pair<double> sum_planes(int64_t first, int64_t last, int64_t stride, 
         b[l] += p.second;
       }
       pending += end - begin;
-      if (pending >= kFlush) flush();
+      if (pending >= kRun * kLanes) flush();
     }
   }
   flush();
@@ -121,21 +121,24 @@ LFP_HD void sum_tile(int64_t row, int64_t last, int64_t column, int64_t columns,
     }
 }
 
-// total_a[column], total_b[column] += sums of the pair f(i, column) over rows [first, last).
+// total_a[column], total_b[column] = sums of the pair f(i, column) over rows [first, last).
 template <class A, class F>
 LFP_CLONES void sum_rows(int64_t first, int64_t last, int64_t width, double* total_a,
                          double* total_b, F f) {
   A a[kTileColumns], b[kTileColumns];
-  for (int64_t r = first; r < last; r += kTileRows)
-    for (int64_t c = 0; c < width; c += kTileColumns) {
-      const int64_t columns = std::min(kTileColumns, width - c);
-      sum_tile(r, std::min(last, r + kTileRows), c, columns, width, a, b, f);
+  for (int64_t c = 0; c < width; c += kTileColumns) {
+    const int64_t columns = std::min(kTileColumns, width - c);
+    double *sum_a = total_a + c, *sum_b = total_b + c;
+    for (int64_t j = 0; j < columns; ++j) sum_a[j] = sum_b[j] = 0;
+    for (int64_t r = first; r < last; r += kRun) {
+      sum_tile(r, std::min(last, r + kRun), c, columns, width, a, b, f);
 #pragma GCC ivdep
       for (int64_t j = 0; j < columns; ++j) {
-        total_a[c + j] += double(a[j]);
-        total_b[c + j] += double(b[j]);
+        sum_a[j] += double(a[j]);
+        sum_b[j] += double(b[j]);
       }
     }
+  }
 }
 
 template <class F>

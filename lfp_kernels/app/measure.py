@@ -18,6 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import lfp_kernels
 
+# Larger than in training: heatmaps are to be read, and a small one lets weak neurons flicker
+HEATMAP_EPS = 0.25
+
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -44,12 +47,12 @@ def costs(
     result = {}
     for name, step in steps.items():
         low, middle, high = statistics.quantiles(times[name], n=4)
-        result[name] = Cost(middle, low, high, peak_memory(lambda step=step: step(x, y)))
+        result[name] = Cost(middle, low, high, peak_memory(step, x, y))
     return result
 
 
-def peak_memory(call: Callable[[], object]) -> int | None:
-    """Peak bytes of the tensors that ``call`` allocates, or None when the profiler is missing.
+def peak_memory(step: Step, x: Tensor, y: Tensor) -> int | None:
+    """Peak bytes of the tensors that ``step`` allocates, or None when the profiler is missing.
 
     Parameters, optimizer state and inputs, which exist before, do not count.
     """
@@ -58,7 +61,7 @@ def peak_memory(call: Callable[[], object]) -> int | None:
         try:
             with _no_stderr():  # the profiler reports its starts and stops there
                 with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-                    call()
+                    step(x, y)
                 profiler.export_chrome_trace(str(trace))
             events = json.loads(trace.read_text())["traceEvents"]
         except (RuntimeError, OSError, KeyError, ValueError):
@@ -84,7 +87,7 @@ def _no_stderr() -> Iterator[None]:
         os.close(sink)
 
 
-def relevance(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+def relevance(model: nn.Module, x: Tensor, y: Tensor, eps: float = HEATMAP_EPS) -> Tensor:
     """Relevance of each pixel for class y [N, H, W]: the input reward when only the logit of y is
     rewarded, with its own value (LRP-epsilon), summed over colour channels."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -103,8 +106,9 @@ def weight_rewards(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[s
     model = copy.deepcopy(model).train()
     model.zero_grad()
     with lfp_kernels.composites.Epsilon(eps=eps).context(model):
-        out = model(x)
-        lfp_kernels.backward(out, lfp_kernels.rewards.softmax(out, y))
+        for part, labels in zip(x.split(128), y.split(128)):
+            out = model(part)
+            lfp_kernels.backward(out, lfp_kernels.rewards.softmax(out, labels))
     return {
         name: -parameter.grad
         for name, parameter in model.named_parameters()

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 import lfp_kernels
 from lfp_kernels.nested import NestedReference
 
-from . import AppError
-
 METHODS = ("lfp", "sgd")
 WAYS = ("fused", "drop-in")
 
@@ -35,11 +33,11 @@ def learner(
     clip: float | None = 3.0,
     eps: float = 1e-6,
 ) -> Learner:
-    """SGD with momentum and a global norm limit; only where its direction comes from differs."""
-    if method not in METHODS:
-        raise AppError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if way not in WAYS:
-        raise AppError(f"way: expected one of {', '.join(WAYS)}, got {way!r}")
+    """SGD with momentum and a global norm limit; only where its direction comes from differs.
+
+    Args:
+        method: one of METHODS. way: one of WAYS, for lfp.
+    """
     if method == "sgd":
         return _gradient(model, lr, momentum, clip)
     if way == "fused":

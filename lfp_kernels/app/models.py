@@ -117,14 +117,16 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        before = 64
-        for stage, width in enumerate((64, 128, 256, 512), 1):
-            stride = 1 if stage == 1 else 2
-            blocks = BasicBlock(before, width, stride), BasicBlock(width, width, 1)
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-            before = width
+        self.layer1 = self._stage(64, 64, stride=1)
+        self.layer2 = self._stage(64, 128, stride=2)
+        self.layer3 = self._stage(128, 256, stride=2)
+        self.layer4 = self._stage(256, 512, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(before, classes)
+        self.fc = nn.Linear(512, classes)
+
+    @staticmethod
+    def _stage(before: int, width: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(BasicBlock(before, width, stride), BasicBlock(width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -142,9 +144,7 @@ SMALLEST = {"lenet": 16, "mlp": 1, "vgg": 8, "resnet": 1}
 
 
 def build(name: str, channels: int = 1, size: int = 28, classes: int = 10) -> nn.Module:
-    """Model ``name`` for square images of ``size`` pixels, initialised by torch's defaults."""
-    if name not in MODELS:
-        raise AppError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
+    """Model ``name`` of MODELS for square images of ``size`` pixels, torch's default weights."""
     if size < SMALLEST[name]:
         raise AppError(
             f"model: {name} needs images of at least {SMALLEST[name]} pixels, got {size}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -23,12 +24,12 @@ try:
         PercentFormatter,
     )
 except ImportError:
-    plt = None
+    plt = None  # type: ignore[assignment]
 
 # Okabe and Ito's palette: distinct for all common kinds of colour vision
 LFP, SGD, GREY = "#0072B2", "#D55E00", "#6b7280"
 INK = "#1f2937"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "axes.edgecolor": "#9ca3af",
@@ -68,10 +69,12 @@ def curves(path: Path, runs: dict[str, History], x: tuple[str, str], y: tuple[st
                 color=colour,
                 marker=marker,
                 markersize=4.5,
-                label=name,
+                label=f"{name}: {records[-1][y[0]]:.1%}" if percent else name,
             )
-        axes.set(xlabel=x[1], ylabel=y[1], xlim=(0, None), ylim=(0, 1.03 if percent else None))
+        axes.set(xlabel=x[1], ylabel=y[1], xlim=(0, None), ylim=(0, None))
         if percent:
+            if all(history[-1][y[0]] > 0.8 for history in runs.values()):
+                axes.set_ylim(0.5, 1.01)  # the first moments would flatten the rest
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         if x[0] == "epoch":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -106,7 +109,7 @@ def heatmaps(path: Path, pixels: Tensor, labels: list[str], maps: dict[str, Tens
 def _relevance(axes: Axes, values: np.ndarray, image: np.ndarray) -> None:
     limit = float(np.quantile(np.abs(values), 0.995)) or 1.0  # one hot pixel must not hide the rest
     axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    if image.ndim == 2:
+    if image.ndim == 2 and image.min() < 0.5 < image.max():
         axes.contour(image, levels=[0.5], colors="#374151", linewidths=0.5)
 
 
@@ -122,7 +125,7 @@ def histogram(path: Path, title: str, before: Tensor, after: Tensor) -> None:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(3.6, 2.7))
         positive = np.geomspace(linear, top, 16)
-        bins = np.concatenate([-positive[::-1], [0], positive])
+        bins = [*-positive[::-1], 0, *positive]
         for (name, v), colour, filled in zip(values.items(), (GREY, LFP), (True, False)):
             axes.hist(
                 v, bins, weights=np.full(v.size, 1 / max(1, v.size)), color=colour, label=name,
@@ -133,7 +136,7 @@ def histogram(path: Path, title: str, before: Tensor, after: Tensor) -> None:
         axes.xaxis.set_major_locator(FixedLocator([-top, -top / 30, 0, top / 30, top]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set(title=title, xlabel="reward per weight", ylabel="share of weights")
         figure.legend(fontsize=8, loc="outside upper right", ncols=2, handlelength=1.2)
         _save(figure, path)

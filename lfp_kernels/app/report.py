@@ -12,7 +12,7 @@ import torch
 from lfp_kernels import info
 
 from .data import Dataset
-from .measure import Cost
+from .measure import HEATMAP_EPS, Cost
 from .train import Settings
 
 HISTOGRAM_IMAGES = 512
@@ -98,14 +98,11 @@ def _page(results: Results, figures: Figures) -> str:
         ),
         _section(
             "What the weights receive",
-            f"""The reward that each weight receives, summed over {HISTOGRAM_IMAGES} training images:
-            what flowed through the connection, signed so that following it makes useful weights
-            larger and harmful ones smaller. The axis is linear around zero and logarithmic beyond
-            it.""",
-            "".join(
-                _figure(path, f"Weight rewards, {path.stem.removeprefix('rewards_')}.")
-                for path in figures.histograms
-            ),
+            f"""The reward that each weight receives, summed over {HISTOGRAM_IMAGES} images:
+            what flowed through the connection, times the sign of the weight, so that adding it
+            strengthens useful connections and weakens harmful ones. The axis is linear around zero
+            and logarithmic beyond it.""",
+            "".join(_figure(path, alt=path.stem) for path in figures.histograms),
             "small",
         ),
         _section("Cost of a step", _cost_text(results), _cost_table(results), "wide"),
@@ -128,11 +125,12 @@ def _section(title: str, text: str, body: str, kind: str = "") -> str:
     return f'<section><h2>{title}</h2>{text}<div class="grid {kind}">{body}</div></section>'
 
 
-def _figure(path: Path, caption: str) -> str:
+def _figure(path: Path, caption: str = "", alt: str = "") -> str:
     code = base64.b64encode(path.read_bytes()).decode()
+    text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{code}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure><img alt="{escape(alt or caption)}" src="data:image/png;base64,{code}">'
+        f"{text}</figure>"
     )
 
 
@@ -214,7 +212,7 @@ def _facts(results: Results) -> str:
         "Optimizer": f"SGD, one-cycle learning rate up to {s.lr:g}, momentum {s.momentum:g}, "
         + (f"norm limit {s.clip:g}" if s.clip else "no norm limit"),
         "Training": f"{s.epochs} epochs, batches of {s.batch_size}, seed {s.seed}",
-        "Rule": f"LFP-epsilon, eps {s.eps:g}",
+        "Rule": f"LFP-epsilon, eps {s.eps:g}; in the heatmaps {HEATMAP_EPS:g}",
         **{name: collected[name] for name in FACTS},
         "threads": f"{torch.get_num_threads()}",
     }

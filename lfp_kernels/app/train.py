@@ -40,8 +40,14 @@ class Settings:
         def require(name: str, fine: bool, expected: str) -> None:
             if not fine:
                 option = name.replace("_", "-")
-                raise AppError(f"--{option}: expected {expected}, got {getattr(self, name)}")
+                raise AppError(f"--{option}: expected {expected}, got {getattr(self, name)!r}")
 
+        for name, choices in (
+            ("model", models.MODELS),
+            ("method", methods.METHODS),
+            ("way", methods.WAYS),
+        ):
+            require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         require("epochs", self.epochs >= 1, "at least 1")
         require("batch_size", self.batch_size >= 1, "at least 1")
         require("lr", 0 < self.lr < math.inf, "a number > 0")
@@ -53,11 +59,15 @@ class Settings:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 500) -> float:
-    """Part of (x, y) that the model classifies correctly; leaves it in evaluation mode."""
+def predict(model: nn.Module, x: Tensor, batch: int = 500) -> Tensor:
+    """Classes that ``model`` gives the images x [N]; leaves it in evaluation mode."""
     model.eval()
-    hits = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(batch), y.split(batch)))
-    return hits / len(y)
+    return torch.cat([model(part).argmax(1) for part in x.split(batch)])
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of the images x whose class ``model`` gets right."""
+    return int((predict(model, x) == y).sum()) / len(y)
 
 
 class Run:
@@ -149,7 +159,7 @@ class Run:
             "accuracy": accuracy(self.model, self.data.test_x, self.data.test_y),
             "train_accuracy": int(hits) / len(y),
             "reward": float(reward) / len(y),
-            "lr": self.scheduler.get_last_lr()[0],
+            "lr": float(self.scheduler.get_last_lr()[0]),
             "seconds": self.history[-1]["seconds"] + seconds,
         }
 
@@ -180,7 +190,7 @@ class Run:
         }
 
     def load_state(self, state: dict[str, Any], path: Path) -> None:
-        """Take over :meth:`state`; on any misfit the run stays as it was."""
+        """Take over :meth:`state`, read from ``path``; a misfit is an AppError."""
         shape = self.state()["shape"]
         try:
             if state["shape"] != shape:

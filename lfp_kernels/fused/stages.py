@@ -241,8 +241,8 @@ class AvgPool(Stage):
         z = reward if self.signal_in else run.values[self.output]
         return (
             F.avg_pool_redistribute(
-                x, z, reward, *self.settings, self.rule,
-                below=self.below, signal_in=self.signal_in,
+                x, z, reward, *self.settings,
+                rule=self.rule, below=self.below, signal_in=self.signal_in,
             ),
         )  # fmt: skip
 
