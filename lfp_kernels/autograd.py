@@ -118,7 +118,8 @@ class AvgPoolReward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, reward: Tensor):
         x, z = ctx.saved_tensors
-        return F.avg_pool_redistribute(x, z, reward, *ctx.settings, rule=ctx.rule), None, None
+        settings: tuple[Any, Any, Any, bool, bool, Any] = ctx.settings
+        return F.avg_pool_redistribute(x, z, reward, *settings, rule=ctx.rule), None, None
 
 
 class AdaptiveAvgPoolReward(torch.autograd.Function):

@@ -5,7 +5,7 @@ Shared by the drop-in way (caught calls) and the fused way (traced calls).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as TF
@@ -97,6 +97,11 @@ def resolve_padding(padding: str, kernel: Any, dilation: tuple[int, ...]) -> tup
     return tuple(r // 2 for r in reach)
 
 
+PoolSettings = tuple[
+    tuple[int, ...], tuple[int, ...], tuple[int, ...], bool, bool, Optional[int]  # noqa: UP045
+]
+
+
 def pool_settings(
     dims: int,
     kernel_size: Any,
@@ -105,7 +110,7 @@ def pool_settings(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
-) -> tuple:
+) -> PoolSettings:
     """Arguments of functional.avg_pool after x, from those of F.avg_pool{1,2,3}d."""
     kernel = tuple_of(dims, kernel_size)
     step = kernel if stride is None or stride == [] else tuple_of(dims, stride)

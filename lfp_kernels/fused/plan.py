@@ -10,9 +10,9 @@ from . import stages as S
 from . import structure as M
 
 _FUSES_RELU = (S.Linear, S.Conv, S.BatchNorm)
-_HANDS_SIGNAL = (S.Linear, S.Conv, S.BatchNorm, S.AvgPool)
+_HANDS_SIGNAL = (S.Linear, S.Conv, S.BatchNorm, S.AvgPool, S.AdaptiveAvgPool)
 _WIDE = 8  # input channels from which channels last pays
-_TAKES_SIGNAL = (S.Linear, S.Conv, S.BatchNorm, S.AvgPool)
+_TAKES_SIGNAL = _HANDS_SIGNAL
 
 
 class Plan:

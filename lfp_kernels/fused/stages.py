@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import calls
 from .. import functional as F
 from ..composites import Composite
 from ..rules import Rule
@@ -226,7 +227,7 @@ class BatchNorm(Stage):
 class AvgPool(Stage):
     multiplies_by_input = True
 
-    def __init__(self, settings: tuple, rule: Rule) -> None:
+    def __init__(self, settings: calls.PoolSettings, rule: Rule) -> None:
         super().__init__()
         self.settings, self.rule = settings, rule
 
@@ -247,13 +248,18 @@ class AvgPool(Stage):
         )  # fmt: skip
 
 
-class AdaptiveAvgPool(AvgPool):
+class AdaptiveAvgPool(Stage):
+    multiplies_by_input = True
+
     def __init__(self, pool: Callable[..., Tensor], size: Any, rule: Rule) -> None:
-        super().__init__((size,), rule)
-        self.pool = pool
+        super().__init__()
+        self.pool, self.size, self.rule = pool, size, rule
+
+    def keeps(self) -> set[int]:
+        return {*self.inputs} if self.signal_in else {*self.inputs, self.output}
 
     def forward(self, run: Run) -> Tensor:
-        return self.pool(run.values[self.inputs[0]], *self.settings)
+        return self.pool(run.values[self.inputs[0]], self.size)
 
     def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
         x = run.values[self.inputs[0]]

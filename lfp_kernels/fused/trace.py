@@ -368,7 +368,7 @@ def _dims(module: nn.Module) -> int:
     return int(type(module).__name__[-2])
 
 
-def _avg_settings(module: Any) -> tuple:
+def _avg_settings(module: Any) -> calls.PoolSettings:
     return calls.pool_settings(
         _dims(module),
         module.kernel_size,

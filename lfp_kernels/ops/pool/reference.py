@@ -114,7 +114,7 @@ def max_redistribute(reward: Tensor, indices: Tensor, input_shape: Sequence[int]
     positions = torch.Size(input_shape[2:]).numel()
     out = torch.zeros(n, c, positions, dtype=acc, device=reward.device)
     flat = _flat_indices(indices, input_shape)
-    out.scatter_add_(2, flat.reshape(n, c, -1), reward.to(acc).reshape(n, c, -1))
+    out.scatter_add_(2, flat.flatten(2), reward.to(acc).flatten(2))
     out = out.to(reward.dtype).view(input_shape)
     if indices.dim() in (4, 5) and not indices.is_contiguous():
         layout = torch.channels_last if indices.dim() == 4 else torch.channels_last_3d
