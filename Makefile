@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow test-gpusim bench lint format clean
 
 $(STAMP): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,10 +21,20 @@ demo: lfp_kernels/_C_cpu.so
 	$(RUN) -m lfp_kernels demo --out runs/demo $(if $(DATA),--data $(DATA))
 
 test: lfp_kernels/_C_cpu.so
-	$(RUN) -m pytest -q -m "not slow and not gpu"
+	$(RUN) -m pytest -q -m "not slow and not gpu and not gpusim"
 
 test-slow: lfp_kernels/_C_cpu.so
 	$(RUN) -m pytest -q -m "slow"
+
+# The executor of GPU code on the CPU: its own environment, with Triton and the CUDA compiler.
+GPUSIM := .venv-gpusim
+$(GPUSIM)/.installed: requirements-gpusim.txt
+	$(PYTHON) -m venv $(GPUSIM)
+	$(GPUSIM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-gpusim.txt
+	touch $@
+
+test-gpusim: $(GPUSIM)/.installed
+	GPUSIM_REQUIRE_CUDA=1 $(GPUSIM)/bin/python -m pytest -q tests/gpusim
 
 bench: lfp_kernels/_C_cpu.so
 	$(RUN) -m bench run --out runs/bench

@@ -1,4 +1,4 @@
-"""Builds lfp_kernels/_C_cpu.so on the LibTorch stable ABI: one library for many torch and Python versions.
+"""Builds lfp_kernels/_C_cpu.so on the LibTorch stable ABI: one library for many torch versions.
 
 LFP_KERNELS_BUILD = auto (default: build what this machine can, say what was left out) | none |
 cpu | cuda (fail when it cannot be built).
@@ -51,8 +51,8 @@ def compiler() -> str:
     name = os.environ.get("CXX", "g++")
     if shutil.which(name) is None:
         raise BuildRefused(
-            f"lfp_kernels: no C++ compiler: {name!r} is not on PATH. Install g++ 12 or newer or set "
-            "CXX, or set LFP_KERNELS_BUILD=none for the pure-PyTorch package."
+            f"lfp_kernels: no C++ compiler: {name!r} is not on PATH. Install g++ 12 or newer, "
+            "set CXX, or set LFP_KERNELS_BUILD=none for the pure-PyTorch package."
         )
     return name
 
@@ -82,12 +82,17 @@ def ninja_file(cxx: str, torch_dir: Path, build: Path, library: Path) -> str:
 
 
 class Build(build_ext):
-    """Compiles with ninja, outside setuptools' compiler classes: the libraries are no Python modules."""
+    """Compiles with ninja, not setuptools: the libraries are no Python modules."""
 
     def run(self) -> None:
         chosen = mode()
         if chosen == "none":
             return
+        if chosen == "cuda":
+            raise BuildRefused(
+                "lfp_kernels: LFP_KERNELS_BUILD=cuda: this version has no CUDA kernels; "
+                "use auto or cpu"
+            )
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         try:
             self.build_cpu(target / "lfp_kernels" / "_C_cpu.so")
@@ -95,10 +100,6 @@ class Build(build_ext):
             if chosen != "auto":
                 raise
             print(refusal, "\nlfp_kernels: going on without compiled kernels", file=sys.stderr)
-        if chosen == "cuda":
-            raise BuildRefused(
-                "lfp_kernels: LFP_KERNELS_BUILD=cuda: this version has no CUDA kernels"
-            )
 
     def build_cpu(self, library: Path) -> None:
         cxx, torch_dir = compiler(), torch_root()

@@ -205,9 +205,7 @@ def test_opcheck():
     quick = ("test_schema", "test_faketensor")
     for x in layouts(r):
         torch.library.opcheck(OPS.sum_redistribute.default, (a, b, x, *tail), test_utils=quick)
-        torch.library.opcheck(
-            OPS.dropout_redistribute.default, (x, a > 0, 2.0), test_utils=quick
-        )
+        torch.library.opcheck(OPS.dropout_redistribute.default, (x, a > 0, 2.0), test_utils=quick)
 
 
 def test_compiles_without_graph_breaks_and_builds_no_graph():
@@ -230,7 +228,9 @@ def test_errors_name_the_argument():
         with pytest.raises(error, match=match):
             call()
 
-    refused(TypeError, "sum_redistribute: reward: .*int64", lambda: F.sum_redistribute(a, a, a.long()))
+    refused(
+        TypeError, "sum_redistribute: reward: .*int64", lambda: F.sum_redistribute(a, a, a.long())
+    )
     refused(
         TypeError, "sum_redistribute: b: expected torch.float64",
         lambda: F.sum_redistribute(a, a.float(), a),

@@ -2,6 +2,7 @@
 // memory, is [outer, C, inner] around its channel axis: inner = 1 for channels_last.
 #pragma once
 
+#include "aten.h"
 #include "loops.h"
 
 namespace lfp::cpu {
@@ -29,13 +30,13 @@ inline Tensor dense_any_order(const Tensor& t) {
   return out;
 }
 
-// t with its elements at the places where the dense tensor `like` of the same shape has them.
+// t, in its own dtype, with its elements where the dense tensor `like` of the same shape has them.
 inline Tensor arranged_like(const Tensor& like, const Tensor& t) {
   bool same = true;
   for (int64_t d = 0; d < t.dim(); ++d)
     same = same && (t.size(d) == 1 || t.stride(d) == like.stride(d));
   if (same || t.numel() == 0) return t;
-  Tensor out = torch::stable::empty_like(like);
+  Tensor out = empty_like_as(like, t.scalar_type());
   torch::stable::copy_(out, t);
   return out;
 }

@@ -261,5 +261,7 @@ th[scope=row]{font-weight:600}
 .facts th{width:170px;color:var(--soft);font-weight:600}
 .facts td{overflow-wrap:anywhere}
 @media(max-width:600px){main{padding:20px 12px 40px}section{padding:16px 14px}h1{font-size:1.6rem}
-.facts th{width:110px}th,td{padding:7px 6px}}
+.facts th{width:110px}th,td{padding:7px 5px}.cost th[scope=row]{min-width:110px}
+.cost th:nth-child(3),.cost td:nth-child(3){display:none}.cost{font-size:.875rem}
+.cost thead th{white-space:normal;font-size:.75rem}}
 """

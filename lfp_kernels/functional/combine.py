@@ -62,7 +62,7 @@ def sum_redistribute(
 def dropout(
     x: Tensor, p: float, *, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``(x * mask / (1 - p), mask)``; the mask (bool) is what F.dropout draws from the same seed."""
+    """``(x * mask / (1 - p), mask)``; the mask (bool) is what F.dropout draws from the seed."""
     check.floating("dropout", "x", x)
     _check_probability("dropout", p)
     # Drawn in x's dtype, as F.dropout does: the generator's numbers depend on it.

@@ -216,8 +216,10 @@ def max_pool_redistribute(
     check.shape(op, "indices", indices, reward.shape)
     unbatched = len(shape) == 2 or (len(shape) < 5 and shape[1:2] != tuple(reward.shape[1:2]))
     lead = 1 if unbatched else 2
-    if not 2 <= len(shape) <= 5 or reward.dim() != len(shape) or shape[:lead] != tuple(
-        reward.shape[:lead]
+    if (
+        not 2 <= len(shape) <= 5
+        or reward.dim() != len(shape)
+        or shape[:lead] != tuple(reward.shape[:lead])
     ):
         raise ValueError(
             f"{op}: input_shape: expected the shape of the input of a pool whose output is "

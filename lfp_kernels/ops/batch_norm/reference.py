@@ -1,4 +1,4 @@
-"""Batch normalization in plain PyTorch: the oracle. Shapes: x, z, reward [N, C, *], the rest [C]."""
+"""Batch normalization in plain PyTorch: the oracle. x, z, reward: [N, C, *]; the rest: [C]."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...rules import Rule, accumulate_dtype
@@ -18,4 +19,5 @@ def sum_redistribute(
 
 def dropout_redistribute(reward: Tensor, mask: Tensor, scale: float) -> Tensor:
     acc = accumulate_dtype(reward.dtype)
-    return (reward.to(acc) * scale).masked_fill(~mask, 0).to(reward.dtype)
+    given = (reward.to(acc) * scale).masked_fill(~mask, 0)
+    return torch.empty_like(reward).copy_(given)

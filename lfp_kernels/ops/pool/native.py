@@ -19,9 +19,9 @@ def _chain(below: Rule | None, signal_in: bool) -> int:
 
 def avg_forward(
     x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
     ceil_mode: bool,
     count_include_pad: bool,
     divisor: int | None,
@@ -41,9 +41,9 @@ def avg_redistribute(
     x: Tensor,
     z: Tensor,
     reward: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
     ceil_mode: bool,
     count_include_pad: bool,
     divisor: int | None,
@@ -67,10 +67,10 @@ def adaptive_avg_redistribute(
 
 def max_forward(
     x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
     return _ops.max_pool_forward.default(x, kernel, stride, padding, dilation, ceil_mode)

@@ -32,9 +32,9 @@ def _redistribute(
 
 def avg_forward(
     x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
     ceil_mode: bool,
     count_include_pad: bool,
     divisor: int | None,
@@ -53,9 +53,9 @@ def avg_redistribute(
     x: Tensor,
     z: Tensor,
     reward: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
     ceil_mode: bool,
     count_include_pad: bool,
     divisor: int | None,
@@ -72,19 +72,21 @@ def avg_redistribute(
 def adaptive_avg_redistribute(
     x: Tensor, z: Tensor, reward: Tensor, rule: Rule, below: Rule | None, signal_in: bool
 ) -> Tensor:
-    adaptive = {3: F.adaptive_avg_pool1d, 4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
+    adaptive: dict[int, Callable[..., Tensor]] = {
+        3: F.adaptive_avg_pool1d,
+        4: F.adaptive_avg_pool2d,
+        5: F.adaptive_avg_pool3d,
+    }
     size = tuple(z.shape[2:])
-    return _redistribute(
-        lambda v: adaptive[x.dim()](v, size), x, z, reward, rule, below, signal_in
-    )
+    return _redistribute(lambda v: adaptive[x.dim()](v, size), x, z, reward, rule, below, signal_in)
 
 
 def max_forward(
     x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
     pool = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}[x.dim()]
@@ -92,7 +94,7 @@ def max_forward(
 
 
 def _flat_indices(indices: Tensor, input_shape: Sequence[int]) -> Tensor:
-    """Winners as places in the input's [*spatial], from any of the forms of csrc/cpu/max_pool.cpp."""
+    """Winners as places in the input's [*spatial], from any of the forms of csrc/cpu/max_pool.h."""
     if indices.dtype != torch.uint8:
         return indices.long()
     local, flat = indices.long(), torch.zeros_like(indices, dtype=torch.int64)
