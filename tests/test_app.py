@@ -20,8 +20,9 @@ from lfp_kernels.nested import NestedReference
 
 @pytest.fixture(autouse=True)
 def threads():
-    """--threads holds for the process: give the other tests theirs back."""
+    """One thread: tiny products gain nothing from more, and a busy machine makes them crawl."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
