@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DEFINITION = (
     "peak: tensors alive between steps + rise of the resident set's high-water mark in one step"
@@ -70,10 +70,11 @@ def _trim() -> None:
 
 
 def live_tensor_bytes() -> int:
-    """Bytes of all tensors that Python can reach, each storage once."""
+    """Bytes of all tensors with data that Python can reach, each storage once."""
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.layout == torch.strided:
+        # Subclasses other than parameters are wrappers of the tracer, without storage of their own.
+        if type(thing) in (Tensor, nn.Parameter) and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
