@@ -11,7 +11,7 @@ from . import structure as M
 
 _FUSES_RELU = (S.Linear, S.Conv, S.BatchNorm)
 _HANDS_SIGNAL = (S.Linear, S.Conv, S.BatchNorm, S.AvgPool, S.AdaptiveAvgPool)
-_WIDE = 8  # input channels from which channels last pays
+_WIDE = 32  # input channels from which channels last pays
 _TAKES_SIGNAL = _HANDS_SIGNAL
 
 

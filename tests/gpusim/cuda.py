@@ -102,9 +102,11 @@ def _compile(source: Path, arch: str, flags: Sequence[str]) -> Path:
     dependencies = new.with_suffix(".d")
     extra = ["-x", "cu"] if source.suffix == ".cu" else []
     compiler = [toolkit.nvcc(), *command, "-ccbin", store.compiler(), *extra]
-    store.run([*compiler, "-MD", "-MF", dependencies, "-c", source, "-o", new])
-    files = {name: store.digest(Path(name)) for name in _dependencies(dependencies)}
-    dependencies.unlink()
+    try:
+        store.run([*compiler, "-MD", "-MF", dependencies, "-c", source, "-o", new])
+        files = {name: store.digest(Path(name)) for name in _dependencies(dependencies)}
+    finally:
+        dependencies.unlink(missing_ok=True)
     final = new.with_name(f"{source.stem}-{store.digest(base, json.dumps(files))}.o")
     store.publish(new, final)
     text = store.temporary(manifest)
