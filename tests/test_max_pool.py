@@ -82,7 +82,9 @@ def test_max_pool_dtypes(dtype, settings, order):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("settings", [(2, 2, 0), (3, 2, 1), (4, 4, 0), (3, 3, 0)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [(2, 2, 0), (3, 2, 1), (4, 4, 0), (3, 3, 0), (3, 1, 1, 2)], ids=str
+)
 @pytest.mark.parametrize("order", ["plain", "last"])
 def test_max_pool_special_values(backend, settings, order):
     """NaN wins (the last one of a window), -inf wins among its like (the first one)."""
