@@ -243,4 +243,5 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    timing.settle_allocator()  # for every variant; bench.memory runs in processes of its own
     sys.exit(main())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import floor, memory
-from .report import Row, cell, columns_of
+from .report import BASES, Row, cell, columns_of
 
 COLOURS = {
     "fused": "#1b6ca8",
@@ -44,7 +44,8 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
     pictures: list[tuple[Path, str]] = []
 
     def picture(name: str, subset: Sequence[Row], column: str, title: str, note: str) -> None:
-        subset = [row for row in subset if getattr(row, column) is not None]
+        base = BASES.get(column, "sgd")  # the dotted line at 1
+        subset = [row for row in subset if getattr(row, column) is not None and row.variant != base]
         if subset:
             path = folder / f"{name}.png"
             _bars(subset, column, title, path)
@@ -89,7 +90,9 @@ def _bars(rows: Sequence[Row], column: str, title: str, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(ticks, names, fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.08)
+    axes.margins(x=0.08, y=0.01)
+    if max(getattr(row, column) for row in rows) > LOGARITHMIC_ABOVE:
+        axes.set_xscale("log")
     axes.set_xlabel(title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=5)
@@ -98,6 +101,7 @@ def _bars(rows: Sequence[Row], column: str, title: str, path: Path) -> None:
     plt.close(figure)
 
 
+LOGARITHMIC_ABOVE = 20
 STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}"
     "img{max-width:100%}table{border-collapse:collapse;font-size:12px;margin:0 0 1.5rem}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import statistics
@@ -15,6 +16,23 @@ import torch
 
 Run = Callable[[], Any]
 L2_FLUSH_BYTES = 256 << 20  # larger than the L2 cache of every current GPU
+
+
+REUSED_BYTES = 32 << 20  # glibc's largest threshold; bigger blocks are mapped afresh each time
+
+
+def settle_allocator() -> bool:
+    """Put glibc's malloc where a long run leads it: blocks under 32 MiB are reused. Left to itself
+    it drifts there, and the time of one and the same product jumps by a quarter on the way.
+
+    Returns:
+        False where the C library has no such setting.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    return mallopt is not None and bool(
+        mallopt(m_mmap_threshold, REUSED_BYTES) and mallopt(m_trim_threshold, 2**31 - 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -93,6 +111,7 @@ def interleave(
         for round_number in range(plan.repeats):
             progress(f"round {round_number + 1}/{plan.repeats}")
             for name, run in runs.items():
+                run()  # in its own caches and free lists, not in what the variant before left
                 times[name].append(sample(run, inner[name]))
             gc.collect()
     return times
