@@ -109,20 +109,6 @@ Tensor matrix_view(const Tensor& like, void* data, int64_t rows, int64_t cols, i
                                   like.scalar_type());
 }
 
-Tensor empty_like_as(const Tensor& t, ScalarType dtype) {
-  using torch::headeronly::Layout;
-  using torch::headeronly::MemoryFormat;
-  std::array<StableIValue, 6> stack{from(t),
-                                    from(std::optional<ScalarType>(dtype)),
-                                    from(std::optional<Layout>()),
-                                    from(std::optional<torch::stable::Device>()),
-                                    from(std::optional<bool>()),
-                                    from(std::optional<MemoryFormat>())};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
-}
-
 Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                    const ConvGeometry& g, bool relu) {
   if (relu && x.scalar_type() == ScalarType::Float && x.dim() > 3 && x.numel() > 0 &&

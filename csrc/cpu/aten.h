@@ -1,7 +1,7 @@
 // Products of ATen and oneDNN, called through the dispatcher (the stable ABI names operators).
 #pragma once
 
-#include "../common.h"
+#include "../layout.h"
 
 namespace lfp::cpu {
 
@@ -13,9 +13,6 @@ Tensor product_nt(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
 // be used inside parallel regions, where the caller's no-grad mode is not in force.
 Tensor matrix_view(const Tensor& like, void* data, int64_t rows, int64_t cols, int64_t row_stride,
                    int64_t col_stride);
-
-// An uninitialised tensor with the sizes and, where t is dense, the strides of t.
-Tensor empty_like_as(const Tensor& t, ScalarType dtype);
 
 // What torch.nn.Conv1-3d and ConvTranspose1-3d hold besides their parameters.
 struct ConvGeometry {

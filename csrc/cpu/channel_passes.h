@@ -1,7 +1,8 @@
 // Passes over x [outer, C, inner] that reduce to, or take, one value per channel.
 #pragma once
 
-#include "layout.h"
+#include "../layout.h"
+#include "loops.h"
 
 namespace lfp::cpu {
 

@@ -3,7 +3,7 @@
 //   r_in     = input_epilogue(J_x^T s, x)       [N, C, ...]
 //   feedback = weight_epilogue(J_W^T s, W),  bias: weight_epilogue(sum of s over N and space, b)
 // Everything runs in channels last when x or the reward comes so, else in the plain layout.
-#include "memory_format.h"
+#include "../layout.h"
 #include "signal.h"
 #include "update.h"
 

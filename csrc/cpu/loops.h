@@ -43,6 +43,17 @@ void parallel_loop(int64_t n, F f) {
                               [&](int64_t begin, int64_t end) { serial_loop(begin, end, f); });
 }
 
+// parallel_for over items of `elements` elements each, serial when the whole is small.
+template <class F>
+void parallel_items(int64_t items, int64_t elements, F f) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
+  if (items <= grain) {
+    if (items > 0) f(int64_t(0), items);
+    return;
+  }
+  torch::stable::parallel_for(0, items, grain, f);
+}
+
 template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());

@@ -5,8 +5,8 @@
 // The dtype alone says which: windows that tile have the size input / output.
 #pragma once
 
-#include "layout.h"
-#include "memory_format.h"
+#include "../layout.h"
+#include "loops.h"
 
 namespace lfp::cpu {
 

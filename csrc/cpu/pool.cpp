@@ -5,8 +5,8 @@
 //   r_in = input_epilogue(dx, x)
 // Along each axis the windows that cover a position are a range of outputs. That holds for strided
 // and for adaptive pools alike, so both share one gathering pass, which adds in a fixed order.
-#include "layout.h"
-#include "memory_format.h"
+#include "../layout.h"
+#include "loops.h"
 #include "signal.h"
 
 namespace lfp::cpu {

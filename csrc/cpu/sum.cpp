@@ -1,6 +1,7 @@
 // Residual sum a + b: s = prologue(r, a + b), r_a = a * s, r_b = b * s, in one pass.
 // Dropout: the reward times the mask, times 1 / (1 - p) where the mask scaled the activation.
-#include "layout.h"
+#include "../layout.h"
+#include "loops.h"
 #include "signal.h"
 
 namespace lfp::cpu {

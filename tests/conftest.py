@@ -1,0 +1,77 @@
+"""``pytest --simulate cuda|triton``: the op tests, unchanged, with GPU kernels behind "native".
+
+The kernels run on CPU tensors in the executor of tests/gpusim, every memory access checked. The
+CUDA library is built with its ops registered where the CPU ops stand, so it takes their place for
+the whole process; the Triton modules take the place of the native ones in the registry.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+CAPABILITY = 80
+CUDA_SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--simulate",
+        choices=("cuda", "triton"),
+        help="run the op tests with the CUDA C++ or the Triton kernels, executed on the CPU",
+    )
+    parser.addoption(
+        "--capability",
+        type=int,
+        default=CAPABILITY,
+        help="compute capability of the simulated GPU: 80, 90, ...",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    which = config.getoption("--simulate")
+    if which is None:
+        return
+    from gpusim import hook_torch
+
+    hook_torch()
+    capability = config.getoption("--capability")
+    if which == "cuda":
+        simulate_cuda(capability)
+    else:
+        simulate_triton(capability)
+
+
+def simulate_cuda(capability: int) -> None:
+    import torch
+    from gpusim import cuda
+
+    # The CPU library stays out: its ops would stand where the simulated ones go.
+    with mock.patch.object(torch.ops, "load_library"):
+        from lfp_kernels import _library
+    _library._reasons["cpu"] = None
+
+    # LFP_SIM_SOURCES=linear.cu,... builds only these, while others are being written.
+    names = os.environ.get("LFP_SIM_SOURCES")
+    sources = [CUDA_SOURCES / n for n in names.split(",")] if names else CUDA_SOURCES.glob("*.cu")
+    arch = "90a" if capability == 90 else str(capability)
+    library = cuda.build(
+        sorted(sources), name="lfp_kernels_simulated", arch=arch,
+        flags=["-DLFP_SIMULATED", "--expt-relaxed-constexpr"],
+    )  # fmt: skip
+    cuda.load(library, capability=capability)
+
+
+def simulate_triton(capability: int) -> None:
+    from gpusim import triton_driver
+
+    from lfp_kernels import backends
+
+    triton_driver.active(capability).__enter__()
+    for table in backends._implementations.values():
+        if "triton" in table:
+            table["native"] = replace(table["triton"], devices=None)
