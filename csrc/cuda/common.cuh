@@ -17,10 +17,10 @@
 #define LFP_REGISTER_AS(key, m) STABLE_TORCH_LIBRARY_IMPL(lfp_kernels, key, m)
 #define LFP_REGISTER(m) LFP_REGISTER_AS(LFP_DISPATCH_KEY, m)
 
-#define LFP_CUDA_CHECK(call)                                                              \
-  do {                                                                                    \
-    const cudaError_t status = (call);                                                    \
-    STD_TORCH_CHECK(status == cudaSuccess, "lfp_kernels: ", cudaGetErrorString(status));  \
+#define LFP_CUDA_CHECK(call)                                                             \
+  do {                                                                                   \
+    const cudaError_t status = (call);                                                   \
+    STD_TORCH_CHECK(status == cudaSuccess, "lfp_kernels: ", cudaGetErrorString(status)); \
   } while (0)
 
 namespace lfp::cuda {

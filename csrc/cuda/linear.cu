@@ -1,0 +1,153 @@
+// Linear layer: z = x W^T + b.
+//   s        = prologue(r, z)                 [N, O]
+//   r_in     = input_epilogue(s W, x)         [N, I]
+//   feedback = weight_epilogue(s^T x, W)      [O, I],  bias: weight_epilogue(sum_n s, b)
+// s exists only inside the operands, the feedback of an update only inside the epilogue.
+#include "epilogue.cuh"
+#include "operand.cuh"
+#include "product_types.cuh"
+
+namespace lfp::cuda {
+namespace {
+
+constexpr const char* kOp = "linear_redistribute";
+
+// One call's arguments, checked in Python and dense.
+struct Layer {
+  Tensor x, weight, z, reward;  // [N, I], [O, I], [N, O], [N, O]
+  int64_t n() const { return x.size(0); }
+  int64_t in() const { return weight.size(1); }
+  int64_t out() const { return weight.size(0); }
+};
+
+template <class T, bool kAlong>
+SignalOperand<T, kAlong> signal_operand(const Layer& layer, const RuleCall<Acc<T>>& rule) {
+  const T *r = data<T>(layer.reward), *z = data<T>(layer.z);
+  const int64_t out = layer.out();
+  return {r, z, layer.n(), out, allows_packs<T>(out) && aligned16(r, z), rule};
+}
+
+// reward[N,I]
+template <class T, class P>
+void redistribute_input(const Layer& layer, const RuleCall<Acc<T>>& rule, Tensor& reward,
+                        const Device& device) {
+  const auto s = signal_operand<T, true>(layer, rule);
+  auto w = matrix_operand<T, false>(layer.weight, layer.out(), layer.in());
+  w.rule = rule;
+  w.is_weight = true;
+  const T* x = data<T>(layer.x);
+  T* to = data<T>(reward);
+  const bool wide = allows_packs<T>(layer.in()) && aligned16(x, to);
+  const InputEpilogue<T> epilogue{x, to, layer.in(), rule, wide};
+  tiled_product<P>(layer.n(), layer.in(), layer.out(), s, w, epilogue, layer.x, device);
+}
+
+// The feedback of W and b goes where `weight` and `bias` say.
+template <class T, class P>
+void redistribute_weight(const Layer& layer, const RuleCall<Acc<T>>& rule,
+                         const ParameterUpdate<T>& weight, const ParameterUpdate<T>& bias,
+                         const Device& device) {
+  const auto s = signal_operand<T, false>(layer, rule);
+  const auto x = matrix_operand<T, false>(layer.x, layer.n(), layer.in());
+  const bool wants_weight = weight.param != nullptr, wants_bias = bias.param != nullptr;
+  const bool wide = allows_packs<T>(layer.in()) && weight.aligned();
+  const WeightEpilogue<T> epilogue{weight, bias, layer.in(), rule, wide, wants_bias, wants_weight};
+  // Without columns there is no tile, yet the bias has its sums: one column outside of x.
+  const int64_t in = wants_weight && layer.in() > 0 ? layer.in() : wants_bias;
+  tiled_product<P>(layer.out(), in, layer.n(), s, x, epilogue, layer.x, device);
+}
+
+using Redistributed = std::tuple<Tensor, Tensor, Tensor>;
+
+Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
+                                  Tensor reward, int64_t rule, Params params, bool need_input,
+                                  bool need_weight, bool need_bias, int64_t chain,
+                                  ScalarType product) {
+  const Device device(x);
+  const Layer layer{dense(x), dense(weight), dense(z), dense(reward)};
+  Redistributed result{none_like(x), none_like(weight), none_like(weight)};
+  dispatch_product(x.scalar_type(), product, kOp, [&](auto element, auto factor) {
+    using T = decltype(element);
+    using P = decltype(factor);
+    const RuleCall<Acc<T>> call(rule, chain, params, kOp);
+    if (need_input) {
+      std::get<0>(result) = torch::stable::empty_like(layer.x);
+      redistribute_input<T, P>(layer, call, std::get<0>(result), device);
+    }
+    ParameterUpdate<T> to_weight, to_bias;
+    const Tensor b = bias.has_value() ? dense(*bias) : none_like(weight);
+    if (need_weight) {
+      std::get<1>(result) = torch::stable::empty_like(layer.weight);
+      to_weight = feedback_into<T>(layer.weight, std::get<1>(result));
+    }
+    if (need_bias && bias.has_value()) {
+      std::get<2>(result) = torch::stable::empty_like(b);
+      to_bias = feedback_into<T>(b, std::get<2>(result));
+    }
+    if (to_weight.param || to_bias.param)
+      redistribute_weight<T, P>(layer, call, to_weight, to_bias, device);
+  });
+  return result;
+}
+
+Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
+                                  Tensor reward, std::vector<Tensor> weight_state,
+                                  std::vector<Tensor> bias_state, int64_t rule, Params params,
+                                  int64_t optimizer, Params hyper, int64_t bias_optimizer,
+                                  Params bias_hyper, bool need_input, int64_t chain,
+                                  ScalarType product) {
+  const char* op = "linear_redistribute_update";
+  LFP_CHECK(weight.is_contiguous(), "linear_redistribute_update", "weight must be contiguous");
+  const Device device(x);
+  const Layer layer{dense(x), weight, dense(z), dense(reward)};
+  Tensor input_reward = none_like(x);
+  dispatch_product(x.scalar_type(), product, op, [&](auto element, auto factor) {
+    using T = decltype(element);
+    using P = decltype(factor);
+    const RuleCall<Acc<T>> call(rule, chain, params, op);
+    const auto to_weight = update_in_place<T>(weight, weight_state, optimizer, hyper, op);
+    ParameterUpdate<T> to_bias;
+    if (bias.has_value())
+      to_bias = update_in_place<T>(*bias, bias_state, bias_optimizer, bias_hyper, op);
+    if (need_input) {  // reads W before the launch that changes it
+      input_reward = torch::stable::empty_like(layer.x);
+      redistribute_input<T, P>(layer, call, input_reward, device);
+    }
+    redistribute_weight<T, P>(layer, call, to_weight, to_bias, device);
+  });
+  return input_reward;
+}
+
+Tensor linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu) {
+  const Device device(x);
+  const int64_t in = weight.size(1), out = weight.size(0);
+  x = dense(x), weight = dense(weight);
+  const auto sizes = x.sizes();
+  Ints shape(sizes.begin(), sizes.end());
+  shape.back() = out;
+  int64_t n = 1;
+  for (size_t d = 0; d + 1 < shape.size(); ++d) n *= shape[d];
+  Tensor z = empty_like(x, shape);
+  const Tensor b = bias.has_value() ? dense(*bias) : none_like(weight);
+  dispatch_product(x.scalar_type(), x.scalar_type(), "linear_forward",
+                   [&](auto element, auto factor) {
+                     using T = decltype(element);
+                     using P = decltype(factor);
+                     const auto left = matrix_operand<T, true>(x, n, in);
+                     const auto right = matrix_operand<T, true>(weight, out, in);
+                     const T* add = bias.has_value() ? data<T>(b) : nullptr;
+                     const bool wide = allows_packs<T>(out) && aligned16(data<T>(z), add);
+                     const ForwardEpilogue<T> epilogue{data<T>(z), add, out, relu, wide};
+                     tiled_product<P>(n, out, in, left, right, epilogue, x, device);
+                   });
+  return z;
+}
+
+}  // namespace
+}  // namespace lfp::cuda
+
+LFP_REGISTER(m) {
+  m.impl("linear_forward", TORCH_BOX(&lfp::cuda::linear_forward));
+  m.impl("linear_redistribute", TORCH_BOX(&lfp::cuda::linear_redistribute));
+  m.impl("linear_redistribute_update", TORCH_BOX(&lfp::cuda::linear_redistribute_update));
+}

@@ -1,0 +1,230 @@
+// C[M,N] = A[M,K] B[K,N] in tiles, with a function on the way in (operands) and on the way out
+// (epilogue): every product of every layer is this kernel.
+//
+// An operand gives packs of neighbouring elements:
+//   kWidth, Raw, kAlongK (its memory runs along k, not along m or n)
+//   Raw fetch(row, col)            row: the slow axis, col: the axis that its memory runs along
+//   void convert(Raw, A (&)[kWidth])
+// and answers with zeros outside of its matrix. An epilogue takes finished sums:
+//   kWidth, wide (runs of kWidth sums of a row may be handed over together)
+//   operator()<V>(m, n, A (&)[V]);  wants_row_sums, row_sum(m, sum_k A[m,k])
+// A core (product_simt.cuh, product_mma.cuh) keeps the tiles in shared memory and multiplies them.
+#pragma once
+
+#include "common.cuh"
+
+namespace lfp::cuda {
+
+// Tiles of neighbouring blocks share operands in the L2 cache: blocks go down kGroup rows of tiles
+// before they move on to the next column.
+constexpr int kGroup = 8;
+
+template <class A>
+struct Problem {
+  int64_t m, n, k;
+  int64_t tiles_m, tiles_n;
+  int64_t k_per_split;        // multiple of the core's kTileK
+  A* partial = nullptr;       // [splits, M, N] when the sum over k is split over blocks
+  A* partial_rows = nullptr;  // [splits, M]
+};
+
+struct TileIndex {
+  int64_t m, n;
+};
+
+__device__ __forceinline__ TileIndex tile_of_block(int64_t block, int64_t tiles_m,
+                                                   int64_t tiles_n) {
+  const int64_t group = block / (kGroup * tiles_n);
+  const int64_t first = group * kGroup;
+  const int64_t rows = tiles_m - first < kGroup ? tiles_m - first : kGroup;
+  const int64_t inside = block - group * kGroup * tiles_n;
+  return {first + inside % rows, inside / rows};
+}
+
+// The share of one thread in fetching an operand tile of kOuter (m or n) by kTileK elements.
+template <class Core, class Operand, int kOuter>
+struct Share {
+  static constexpr int kWidth = Operand::kWidth;
+  static constexpr int kLine = (Operand::kAlongK ? Core::kTileK : kOuter) / kWidth;  // packs
+  static constexpr int kPacks = kOuter * Core::kTileK / kWidth / Core::kThreads;
+  static_assert(kPacks > 0 && kPacks * kWidth * Core::kThreads == kOuter * Core::kTileK);
+
+  typename Operand::Raw raw[kPacks];
+
+  __device__ __forceinline__ void fetch(const Operand& operand, int64_t outer, int64_t k) {
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+      const int pack = threadIdx.x + j * Core::kThreads;
+      const int line = pack / kLine, at = pack % kLine * kWidth;
+      raw[j] = Operand::kAlongK ? operand.fetch(outer + line, k + at)
+                                : operand.fetch(k + line, outer + at);
+    }
+  }
+
+  template <class Tile>
+  __device__ __forceinline__ void put(const Operand& operand, Tile& tile) const {
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+      const int pack = threadIdx.x + j * Core::kThreads;
+      const int line = pack / kLine, at = pack % kLine * kWidth;
+      typename Core::Accumulator values[kWidth];
+      operand.convert(raw[j], values);
+      if constexpr (Operand::kAlongK)
+        tile.template put_along_k<kWidth>(line, at, values);
+      else
+        tile.template put_across<kWidth>(at, line, values);
+    }
+  }
+};
+
+// Hands sums of one row to the epilogue, or to the partial sums of this split.
+template <class A, class Epilogue, int W>
+__device__ __forceinline__ void finish(const Problem<A>& p, const Epilogue& epilogue, int64_t m,
+                                       int64_t n, A (&sums)[W]) {
+  if (m >= p.m || n >= p.n) return;
+  if (p.partial) {
+    A* to = p.partial + (int64_t(blockIdx.y) * p.m + m) * p.n + n;
+#pragma unroll
+    for (int k = 0; k < W; ++k)
+      if (n + k < p.n) to[k] = sums[k];
+    return;
+  }
+  if (epilogue.wide) return epilogue.template operator()<W>(m, n, sums);
+#pragma unroll
+  for (int k = 0; k < W; ++k)
+    if (n + k < p.n) {
+      A one[1] = {sums[k]};
+      epilogue.template operator()<1>(m, n + k, one);
+    }
+}
+
+template <class Core, class OperandA, class OperandB, class Epilogue>
+__global__ void __launch_bounds__(Core::kThreads, Core::kBlocksPerProcessor)
+    product_kernel(Problem<typename Core::Accumulator> p, OperandA a, OperandB b,
+                   Epilogue epilogue) {
+  using A = typename Core::Accumulator;
+  using Shared = typename Core::template Shared<OperandA::kAlongK, OperandB::kAlongK>;
+  extern __shared__ __align__(16) unsigned char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+
+  const TileIndex tile = tile_of_block(blockIdx.x, p.tiles_m, p.tiles_n);
+  const int64_t m0 = tile.m * Core::kTileM, n0 = tile.n * Core::kTileN;
+  const int64_t begin = blockIdx.y * p.k_per_split;
+  const int64_t end = min(p.k, begin + p.k_per_split);
+  const bool sums_rows = epilogue.wants_row_sums && tile.n == 0;
+
+  Core core;
+  A row_sum = A(0);
+  Share<Core, OperandA, Core::kTileM> share_a;
+  Share<Core, OperandB, Core::kTileN> share_b;
+  if (begin < end) {
+    share_a.fetch(a, m0, begin);
+    share_b.fetch(b, n0, begin);
+    share_a.put(a, shared.stage[0].a);
+    share_b.put(b, shared.stage[0].b);
+  }
+  __syncthreads();
+  int now = 0;
+  for (int64_t k = begin; k < end; k += Core::kTileK, now ^= 1) {
+    const bool more = k + Core::kTileK < end;
+    if (more) {  // in flight while this stage is multiplied
+      share_a.fetch(a, m0, k + Core::kTileK);
+      share_b.fetch(b, n0, k + Core::kTileK);
+    }
+    core.multiply(shared.stage[now].a, shared.stage[now].b);
+    if (sums_rows && threadIdx.x < Core::kTileM) row_sum += shared.stage[now].a.sum(threadIdx.x);
+    if (more) {  // nobody reads the other stage since the last barrier
+      share_a.put(a, shared.stage[now ^ 1].a);
+      share_b.put(b, shared.stage[now ^ 1].b);
+    }
+    __syncthreads();
+  }
+  core.template visit<Epilogue::kWidth>(memory, [&](int m, int n, A(&sums)[Epilogue::kWidth]) {
+    finish(p, epilogue, m0 + m, n0 + n, sums);
+  });
+  if (sums_rows && threadIdx.x < Core::kTileM && m0 + threadIdx.x < p.m) {
+    const int64_t m = m0 + threadIdx.x;
+    if (p.partial_rows)
+      p.partial_rows[blockIdx.y * p.m + m] = row_sum;
+    else
+      epilogue.row_sum(m, row_sum);
+  }
+}
+
+constexpr int kReduceThreads = 256;
+
+// Adds the splits in their order and finishes the sums; thread i < M also adds the row sums.
+template <class A, class Epilogue>
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_splits_kernel(Problem<A> p, int splits, const A* partial, const A* partial_rows,
+                         Epilogue epilogue) {
+  constexpr int W = Epilogue::kWidth;
+  const int64_t line = ceil_div<int64_t>(p.n, W);
+  const int64_t i = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x;
+  if (i < p.m * line) {
+    const int64_t m = i / line, n = i % line * W;
+    A sums[W] = {};
+    for (int s = 0; s < splits; ++s) {
+      const A* from = partial + (s * p.m + m) * p.n + n;
+#pragma unroll
+      for (int k = 0; k < W; ++k)
+        if (n + k < p.n) sums[k] += from[k];
+    }
+    finish(p, epilogue, m, n, sums);
+  }
+  if (epilogue.wants_row_sums && i < p.m) {
+    A sum = A(0);
+    for (int s = 0; s < splits; ++s) sum += partial_rows[s * p.m + i];
+    epilogue.row_sum(i, sum);
+  }
+}
+
+// Enough blocks for every processor, but not so many splits that the partial sums cost more than
+// they bring: a split keeps at least kLeastTiles tiles of k.
+template <class Core>
+int64_t count_splits(int64_t tiles, int64_t k, const Device& device) {
+  constexpr int64_t kLeastTiles = 8;
+  const int64_t most = ceil_div<int64_t>(k, kLeastTiles * Core::kTileK);
+  const int64_t wanted = ceil_div<int64_t>(2 * device.processors(), std::max<int64_t>(tiles, 1));
+  return tiles >= device.processors() ? 1 : std::clamp<int64_t>(std::min(wanted, most), 1, 64);
+}
+
+template <class Core, class OperandA, class OperandB, class Epilogue>
+void product(int64_t m, int64_t n, int64_t k, const OperandA& a, const OperandB& b,
+             const Epilogue& epilogue, const Tensor& like, const Device& device) {
+  using A = typename Core::Accumulator;
+  if (m == 0 || n == 0) return;
+  Problem<A> p{m, n, k, ceil_div<int64_t>(m, Core::kTileM), ceil_div<int64_t>(n, Core::kTileN)};
+  const int64_t tiles = p.tiles_m * p.tiles_n;
+  const int64_t wanted = count_splits<Core>(tiles, k, device);
+  p.k_per_split = ceil_div<int64_t>(ceil_div<int64_t>(k, wanted), Core::kTileK) * Core::kTileK;
+  const int64_t splits = k == 0 ? 1 : ceil_div<int64_t>(k, p.k_per_split);
+  Tensor partial, rows;
+  if (splits > 1) {
+    const auto type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+    partial = torch::stable::new_empty(like, {splits, m, n}, type);
+    p.partial = data<A>(partial);
+    if (epilogue.wants_row_sums) {
+      rows = torch::stable::new_empty(like, {splits, m}, type);
+      p.partial_rows = data<A>(rows);
+    }
+  }
+  using Shared = typename Core::template Shared<OperandA::kAlongK, OperandB::kAlongK>;
+  const size_t bytes = std::max(sizeof(Shared), Core::kVisitBytes);
+  auto* kernel = product_kernel<Core, OperandA, OperandB, Epilogue>;
+  allow_shared(kernel, bytes);
+  LFP_CHECK(tiles < (int64_t(1) << 31), "product", "tensor too large: ", tiles, " tiles");
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
+  kernel<<<grid, Core::kThreads, bytes, device.stream>>>(p, a, b, epilogue);
+  check_launch();
+  if (splits == 1) return;
+  const int64_t items = std::max(m * ceil_div<int64_t>(n, Epilogue::kWidth), m);
+  const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(items, kReduceThreads));
+  Problem<A> whole = p;
+  whole.partial = nullptr;
+  reduce_splits_kernel<A, Epilogue><<<blocks, kReduceThreads, 0, device.stream>>>(
+      whole, static_cast<int>(splits), p.partial, p.partial_rows, epilogue);
+  check_launch();
+}
+
+}  // namespace lfp::cuda
