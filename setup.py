@@ -1,7 +1,8 @@
-"""Builds lfp_kernels/_C_cpu.so on the LibTorch stable ABI: one library for many torch versions.
+"""Builds _C_cpu.so and _C_cuda.so on the LibTorch stable ABI: one file for many torch versions.
 
-LFP_KERNELS_BUILD = auto (default: build what this machine can, say what was left out) | none |
-cpu | cuda (fail when it cannot be built).
+LFP_KERNELS_BUILD = auto (default: what this machine can, CUDA where torch has it; says what was
+left out) | none | cpu | cuda (both; fails when they cannot be built).
+TORCH_CUDA_ARCH_LIST = "8.0 9.0a+PTX": what the CUDA kernels are compiled for.
 """
 
 import json
@@ -63,20 +64,33 @@ def run(command: list[str]) -> None:
         raise BuildRefused(f"lfp_kernels: failed: {' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def ninja_file(cxx: str, torch_dir: Path, build: Path, library: Path) -> str:
-    flags = (
-        "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall "
-        f"-DTORCH_TARGET_VERSION={TARGET_VERSION} -isystem {torch_dir / 'include'}"
-    )
+def commands(kind: str, cxx: str, torch_dir: Path) -> tuple[str, str]:
+    """How to compile a source and what to link besides, for the library of this kind."""
+    flags = f"-O3 -std=c++20 -DTORCH_TARGET_VERSION={TARGET_VERSION} -isystem {torch_dir}/include"
+    if kind == "cpu":
+        warnings = "-fno-math-errno -fno-trapping-math -Wall"
+        return f"{cxx} {flags} -fPIC -fvisibility=hidden {warnings}", ""
+    sys.path.insert(0, str(ROOT / "csrc/cuda"))
+    import toolchain
+
+    try:
+        return toolchain.compile_command(cxx, flags), toolchain.link_flags()
+    except toolchain.NotFound as error:
+        raise BuildRefused(f"lfp_kernels: {error}") from None
+
+
+def ninja_file(kind: str, cxx: str, torch_dir: Path, build: Path, library: Path) -> str:
+    compile_command, libraries = commands(kind, cxx, torch_dir)
     # --no-as-needed: libtorch_cpu resolves the shim functions even when ld thinks it unused.
     link = f"-shared -L{torch_dir / 'lib'} -Wl,--no-as-needed -ltorch_cpu -ltorch -Wl,--as-needed"
-    sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+    sources = sorted((ROOT / "csrc" / kind).glob("*.cpp" if kind == "cpu" else "*.cu"))
     objects = [build / f"{source.stem}.o" for source in sources]
     lines = [
-        f"rule cxx\n  command = {cxx} {flags} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d",
-        f"rule link\n  command = {cxx} $in {link} -o $out",
+        f"rule compile\n  command = {compile_command} -MMD -MF $out.d -c $in -o $out\n"
+        "  depfile = $out.d",
+        f"rule link\n  command = {cxx} $in {link} {libraries} -o $out",
     ]
-    lines += [f"build {o}: cxx {s}" for s, o in zip(sources, objects)]
+    lines += [f"build {o}: compile {s}" for s, o in zip(sources, objects)]
     lines.append(f"build {library}: link {' '.join(map(str, objects))}\n")
     return "\n".join(lines)
 
@@ -86,33 +100,39 @@ class Build(build_ext):
 
     def run(self) -> None:
         chosen = mode()
-        if chosen == "none":
-            return
-        if chosen == "cuda":
-            raise BuildRefused(
-                "lfp_kernels: LFP_KERNELS_BUILD=cuda: this version has no CUDA kernels; "
-                "use auto or cpu"
-            )
-        target = ROOT if self.inplace else Path(self.build_lib).resolve()
-        try:
-            self.build_cpu(target / "lfp_kernels" / "_C_cpu.so")
-        except BuildRefused as refusal:
-            if chosen != "auto":
-                raise
-            print(refusal, "\nlfp_kernels: going on without compiled kernels", file=sys.stderr)
+        if chosen == "cuda":  # refuse before the first minute of compiling
+            commands("cuda", compiler(), torch_root())
+        folder = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "lfp_kernels"
+        for kind in ("cpu", "cuda"):
+            if chosen == "none" or (chosen == "cpu" and kind == "cuda"):
+                continue
+            try:
+                self.build_library(kind, folder / f"_C_{kind}.so", wanted=chosen != "auto")
+            except BuildRefused as refusal:
+                if chosen != "auto":
+                    raise
+                print(
+                    refusal, f"\nlfp_kernels: going on without the {kind} kernels", file=sys.stderr
+                )
 
-    def build_cpu(self, library: Path) -> None:
+    def build_library(self, kind: str, library: Path, wanted: bool) -> None:
         cxx, torch_dir = compiler(), torch_root()
-        build = Path(self.build_temp).resolve() / "cpu"
-        build.mkdir(parents=True, exist_ok=True)
-        library.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(cxx, torch_dir, build, library))
-        ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
-        run([ninja, "-C", str(build)])
         import torch
 
-        info = {"torch": torch.__version__, "compiler": cxx, "machine": platform.machine()}
-        (library.parent / "_build_info.json").write_text(json.dumps(info))
+        if kind == "cuda" and not wanted and torch.version.cuda is None:
+            return  # this torch has no CUDA tensors
+        build = Path(self.build_temp).resolve() / kind
+        build.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(ninja_file(kind, cxx, torch_dir, build, library))
+        ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
+        run([ninja, "-C", str(build)])
+        file = library.parent / "_build_info.json"
+        info = json.loads(file.read_text()) if kind == "cuda" and file.exists() else {}
+        info |= {"torch": torch.__version__, "compiler": cxx, "machine": platform.machine()}
+        if kind == "cuda":
+            info["architectures"] = sys.modules["toolchain"].architectures()
+        file.write_text(json.dumps(info))
 
 
 class Native(Distribution):

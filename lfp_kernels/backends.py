@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -25,6 +25,7 @@ FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _warned: set[str] = set()
+_triton_reason: list[str | None] = []  # of why_no_triton, once it was asked
 
 
 def _from_environment() -> str | None:
@@ -41,18 +42,27 @@ _requested: str | None = _from_environment()
 class Implementation:
     """One backend of one op and what it can do."""
 
-    module: ModuleType
+    module: ModuleType | Callable[[], ModuleType]
     devices: frozenset[str] | None = None  # None: any device
     dtypes: frozenset[torch.dtype] = FLOATS
-    library: str | None = None  # compiled library it needs
+    needs: str | None = None  # "native": the compiled library of the device; "triton"
+
+    def load(self) -> Any:
+        """The module itself."""
+        return self.module() if callable(self.module) else self.module
 
 
-def register(op: str, **modules: ModuleType) -> None:
-    """Tell the dispatcher which modules implement ``op`` (native=..., reference=...)."""
+def register(op: str, **modules: ModuleType | Callable[[], ModuleType]) -> None:
+    """Tell the dispatcher which modules implement ``op`` (native=..., reference=...).
+
+    A function in place of a module imports it when it is first chosen, as Triton's need.
+    """
     table = _implementations.setdefault(op, {})
     for backend, module in modules.items():
         if backend == "native":
-            table[backend] = Implementation(module, frozenset({"cpu"}), library="cpu")
+            table[backend] = Implementation(module, frozenset({"cpu", "cuda"}), needs="native")
+        elif backend == "triton":
+            table[backend] = Implementation(module, frozenset({"cuda"}), needs="triton")
         else:
             table[backend] = Implementation(module)
 
@@ -60,6 +70,19 @@ def register(op: str, **modules: ModuleType) -> None:
 def ops() -> list[str]:
     """Names of the registered ops."""
     return sorted(_implementations)
+
+
+def why_no_triton() -> str | None:
+    """Reason why Triton cannot be used, or None. Asks by importing it, the first time."""
+    if not _triton_reason:
+        try:
+            import triton  # noqa: F401
+        except Exception as error:
+            fix = "pip install triton; it comes with the CUDA and ROCm builds of torch for Linux"
+            _triton_reason.append(f"triton cannot be imported ({error}); fix: {fix}")
+        else:
+            _triton_reason.append(None)
+    return _triton_reason[0]
 
 
 def supports(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
@@ -71,8 +94,10 @@ def supports(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
         return f"runs on {', '.join(sorted(implementation.devices))} tensors, got {device}"
     if dtype not in implementation.dtypes:
         return f"takes {', '.join(sorted(map(str, implementation.dtypes)))}, got {dtype}"
-    if implementation.library is not None:
-        return _library.why_not_loaded(implementation.library)
+    if implementation.needs == "triton":
+        return why_no_triton()
+    if implementation.needs == "native":
+        return _library.why_not_usable(device)
     return None
 
 
@@ -103,12 +128,12 @@ def select(op: str, like: Tensor) -> Any:
             raise RuntimeError(
                 f"lfp_kernels: {op}: backend {_requested!r} was requested and cannot run: {reason}"
             )
-        return _implementations[op][_requested].module
+        return _implementations[op][_requested].load()
     for backend in ORDER:
         if supports(op, backend, device, dtype) is None:
             if backend == "reference" and device == "cuda":
                 _warn_once(op, device, dtype)
-            return _implementations[op][backend].module
+            return _implementations[op][backend].load()
     raise RuntimeError(f"lfp_kernels: {op}: no backend can run it\n{explain(op, device, dtype)}")
 
 

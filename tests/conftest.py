@@ -53,7 +53,7 @@ def simulate_cuda(capability: int) -> None:
     # The CPU library stays out: its ops would stand where the simulated ones go.
     with mock.patch.object(torch.ops, "load_library"):
         from lfp_kernels import _library
-    _library._reasons["cpu"] = None
+    _library._reasons.update(cpu=None, cuda="the simulation has its place")
 
     # LFP_SIM_SOURCES=linear.cu,... builds only these, while others are being written.
     names = os.environ.get("LFP_SIM_SOURCES")

@@ -149,7 +149,15 @@ def test_public_names_exist() -> None:
     [
         ({"LFP_KERNELS_BUILD": "everything"}, "LFP_KERNELS_BUILD='everything'; expected auto|none"),
         ({"LFP_KERNELS_BUILD": "cpu", "CXX": "no-such-compiler"}, "no C++ compiler"),
-        ({"LFP_KERNELS_BUILD": "cuda"}, "LFP_KERNELS_BUILD=cuda"),
+        (
+            {
+                "LFP_KERNELS_BUILD": "cuda",
+                "CUDA_HOME": "",
+                "PATH": "",
+                "CXX": shutil.which("g++") or "",
+            },
+            "no CUDA compiler",
+        ),
     ],
 )
 def test_a_build_that_cannot_work_ends_in_one_line(

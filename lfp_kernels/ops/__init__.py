@@ -6,4 +6,6 @@ from . import activation, batch_norm, combine, conv, linear, pool, reward, updat
 __all__ = ["activation", "batch_norm", "combine", "conv", "linear", "pool", "reward", "update"]
 
 # Here and not at the first call: that one may be under torch.compile, which cannot trace a dlopen.
-_library.why_not_loaded("cpu")
+# Loading the CUDA library does not touch a GPU.
+for _device in ("cpu", "cuda"):
+    _library.why_not_loaded(_device)
