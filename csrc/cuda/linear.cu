@@ -4,6 +4,7 @@
 //   feedback = weight_epilogue(s^T x, W)      [O, I],  bias: weight_epilogue(sum_n s, b)
 // s exists only inside the operands, the feedback of an update only inside the epilogue.
 #include "epilogue.cuh"
+#include "linear_one_pass.cuh"
 #include "operand.cuh"
 #include "product_types.cuh"
 
@@ -57,6 +58,51 @@ void redistribute_weight(const Layer& layer, const RuleCall<Acc<T>>& rule,
   tiled_product<P>(layer.out(), in, layer.n(), s, x, epilogue, layer.x, device);
 }
 
+// Both in one launch over W, for batches up to kBatch; false where that does not apply.
+template <class T, class P>
+bool redistribute_one_pass(const Layer& layer, const RuleCall<Acc<T>>& rule, Tensor* reward,
+                           const ParameterUpdate<T>& weight, const ParameterUpdate<T>& bias,
+                           const Device& device) {
+  using Kernel = OnePassKernel<T, P>;
+  const int64_t n = layer.n(), in = layer.in(), out = layer.out();
+  if (n == 0 || n > Kernel::kBatch || in == 0 || out == 0 || !weight.param) return false;
+  OnePass<T> p{};
+  p.x = matrix_operand<T, false>(layer.x, n, in);
+  p.s = signal_operand<T, true>(layer, rule);
+  p.w = matrix_operand<T, false>(layer.weight, out, in);
+  p.w.rule = rule;
+  p.w.is_weight = true;
+  const bool packs = allows_packs<T>(in);
+  p.weight = {weight, bias, in, rule, packs && weight.aligned(), bias.param != nullptr, true};
+  if ((p.wants_input = reward != nullptr)) {
+    const T* x = data<T>(layer.x);
+    T* to = data<T>(*reward);
+    p.input = {x, to, in, rule, packs && aligned16(x, to)};
+  }
+  const int64_t strips = ceil_div<int64_t>(in, Kernel::kCols);
+  const int64_t tiles = ceil_div<int64_t>(out, Kernel::kRows);
+  const int64_t wanted = ceil_div<int64_t>(2 * device.processors(), strips);
+  p.rows_per_range = ceil_div(tiles, std::clamp<int64_t>(wanted, 1, tiles)) * Kernel::kRows;
+  const int64_t ranges = ceil_div(out, p.rows_per_range);
+  Tensor partial;
+  if (ranges > 1 && p.wants_input) {
+    const auto type = sizeof(Acc<T>) == 8 ? ScalarType::Double : ScalarType::Float;
+    partial = torch::stable::new_empty(layer.x, {ranges, n, in}, type);
+    p.partial = data<Acc<T>>(partial);
+  }
+  auto* kernel = one_pass_kernel<T, P>;
+  allow_shared(kernel, Kernel::kBytes);
+  const dim3 grid(static_cast<unsigned>(strips), static_cast<unsigned>(ranges));
+  kernel<<<grid, Kernel::kThreads, Kernel::kBytes, device.stream>>>(p);
+  check_launch();
+  if (p.partial) {
+    const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(n * in, 256));
+    add_ranges_kernel<T><<<blocks, 256, 0, device.stream>>>(p, static_cast<int>(ranges));
+    check_launch();
+  }
+  return true;
+}
+
 using Redistributed = std::tuple<Tensor, Tensor, Tensor>;
 
 Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
@@ -70,10 +116,8 @@ Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor>
     using T = decltype(element);
     using P = decltype(factor);
     const RuleCall<Acc<T>> call(rule, chain, params, kOp);
-    if (need_input) {
-      std::get<0>(result) = torch::stable::empty_like(layer.x);
-      redistribute_input<T, P>(layer, call, std::get<0>(result), device);
-    }
+    if (need_input) std::get<0>(result) = torch::stable::empty_like(layer.x);
+    Tensor* input_reward = need_input ? &std::get<0>(result) : nullptr;
     ParameterUpdate<T> to_weight, to_bias;
     const Tensor b = bias.has_value() ? dense(*bias) : none_like(weight);
     if (need_weight) {
@@ -84,6 +128,8 @@ Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor>
       std::get<2>(result) = torch::stable::empty_like(b);
       to_bias = feedback_into<T>(b, std::get<2>(result));
     }
+    if (redistribute_one_pass<T, P>(layer, call, input_reward, to_weight, to_bias, device)) return;
+    if (need_input) redistribute_input<T, P>(layer, call, *input_reward, device);
     if (to_weight.param || to_bias.param)
       redistribute_weight<T, P>(layer, call, to_weight, to_bias, device);
   });
@@ -109,10 +155,11 @@ Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor>
     ParameterUpdate<T> to_bias;
     if (bias.has_value())
       to_bias = update_in_place<T>(*bias, bias_state, bias_optimizer, bias_hyper, op);
-    if (need_input) {  // reads W before the launch that changes it
-      input_reward = torch::stable::empty_like(layer.x);
-      redistribute_input<T, P>(layer, call, input_reward, device);
-    }
+    if (need_input) input_reward = torch::stable::empty_like(layer.x);
+    Tensor* reward_to = need_input ? &input_reward : nullptr;
+    if (redistribute_one_pass<T, P>(layer, call, reward_to, to_weight, to_bias, device)) return;
+    // The input product reads W before the launch that changes it.
+    if (need_input) redistribute_input<T, P>(layer, call, input_reward, device);
     redistribute_weight<T, P>(layer, call, to_weight, to_bias, device);
   });
   return input_reward;

@@ -49,11 +49,15 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ad
                  : "r"(at));
 }
 
-template <class P, int kOuter, int kTileK, bool kAlongK>
+// bfloat16: rows of 16 bytes times an odd number. Tf32: 4 or 8 banks between neighbouring rows.
+template <class P>
+constexpr int mma_pad(bool along_k) {
+  return sizeof(P) == 2 ? 8 : (along_k ? 4 : 8);
+}
+
+template <class P, int kOuter, int kTileK, bool kAlongK, int kPad = mma_pad<P>(kAlongK)>
 struct alignas(16) MmaTile {
   static constexpr int kLines = kAlongK ? kOuter : kTileK;
-  // bfloat16: rows of 16 bytes times an odd number. Tf32: 4 or 8 banks between neighbouring rows.
-  static constexpr int kPad = sizeof(P) == 2 ? 8 : (kAlongK ? 4 : 8);
   static constexpr int kStride = (kAlongK ? kTileK : kOuter) + kPad;
   P value[kLines][kStride];
 
@@ -120,30 +124,37 @@ struct alignas(16) MmaTile {
   }
 };
 
-// P: BFloat16 or Tf32. kTile x kTile sums by warps of kWarpM x kWarpN.
-template <class P, int kTile, int kWarpM, int kWarpN>
-struct Mma {
+template <class P>
+inline constexpr int kMmaStep = sizeof(P) == 2 ? 16 : 8;  // k of one mma
+
+// P: BFloat16 or Tf32. kM x kN sums by warps of kWarpM x kWarpN, over kK at a time.
+template <class P, int kM, int kN, int kK, int kWarpM, int kWarpN>
+struct MmaCore {
   using Accumulator = float;
-  static constexpr int kTileM = kTile, kTileN = kTile;
-  static constexpr int kStep = sizeof(P) == 2 ? 16 : 8;  // k of one mma
-  static constexpr int kTileK = 2 * kStep;
-  static constexpr int kWarpsN = kTile / kWarpN;
-  static constexpr int kThreads = 32 * (kTile / kWarpM) * kWarpsN;
-  static constexpr int kBlocksPerProcessor = kTile == 64 ? 4 : 2;
+  static constexpr int kTileM = kM, kTileN = kN, kTileK = kK;
+  static constexpr int kStep = kMmaStep<P>;
+  static constexpr int kWarpsN = kN / kWarpN;
+  static constexpr int kThreads = 32 * (kM / kWarpM) * kWarpsN;
+  static constexpr int kBlocksPerProcessor = kThreads <= 128 ? 4 : 2;
   static constexpr int kPartsM = kWarpM / 16, kPartsN = kWarpN / 8;
-  static_assert(kPartsN % 2 == 0 && kThreads >= kTile);
+  static_assert(kPartsN % 2 == 0 && kK % kStep == 0);
+
+  template <bool kAlong>
+  using TileA = MmaTile<P, kM, kK, kAlong>;
+  template <bool kAlong>
+  using TileB = MmaTile<P, kN, kK, kAlong>;
 
   template <bool kAlongA, bool kAlongB>
   struct Shared {
     struct {
-      MmaTile<P, kTile, kTileK, kAlongA> a;
-      MmaTile<P, kTile, kTileK, kAlongB> b;
+      TileA<kAlongA> a;
+      TileB<kAlongB> b;
     } stage[2];
   };
 
   // The sums pass through shared memory 16 rows per warp row at a time, to leave it in wide runs.
-  static constexpr int kVisitRows = 16 * (kTile / kWarpM);
-  static constexpr int kVisitStride = kTile + 4;
+  static constexpr int kVisitRows = 16 * (kM / kWarpM);
+  static constexpr int kVisitStride = kN + 4;
   static constexpr size_t kVisitBytes = sizeof(float) * kVisitRows * kVisitStride;
 
   float sums[kPartsM][kPartsN][4] = {};
@@ -151,8 +162,8 @@ struct Mma {
   __device__ __forceinline__ int warp_m() const { return threadIdx.x / 32 / kWarpsN; }
   __device__ __forceinline__ int warp_n() const { return threadIdx.x / 32 % kWarpsN; }
 
-  template <class TileA, class TileB>
-  __device__ __forceinline__ void multiply(const TileA& a, const TileB& b) {
+  template <class Left, class Right>
+  __device__ __forceinline__ void multiply(const Left& a, const Right& b) {
 #pragma unroll
     for (int k = 0; k < kTileK; k += kStep) {
       uint32_t left[kPartsM][4], right[kPartsN / 2][4];
@@ -174,7 +185,7 @@ struct Mma {
   __device__ __forceinline__ void visit(unsigned char* memory, Use use) {
     auto* rows = reinterpret_cast<float (*)[kVisitStride]>(memory);
     const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4 * 2;
-    constexpr int kPacks = kTile / kWidth;
+    constexpr int kPacks = kN / kWidth;
 #pragma unroll
     for (int i = 0; i < kPartsM; ++i) {
       if (i > 0) __syncthreads();  // the tiles, and then the rows before, have been read
@@ -195,5 +206,8 @@ struct Mma {
     }
   }
 };
+
+template <class P, int kTile, int kWarpM, int kWarpN>
+using Mma = MmaCore<P, kTile, kTile, 2 * kMmaStep<P>, kWarpM, kWarpN>;
 
 }  // namespace lfp::cuda

@@ -1,76 +1,102 @@
-// The core for float32 and float64: exact products on the ordinary units.
-// Tiles lie in shared memory as [k][m] and [k][n]; a thread owns kThread x kThread sums.
+// The core for float32 and float64: exact products on the ordinary units. 16 x 16 threads; each
+// owns runs of neighbouring rows and columns, sixteen runs apart.
 #pragma once
 
 #include "common.cuh"
 
 namespace lfp::cuda {
 
-template <class A, int kTile>
-struct Simt {
-  using Accumulator = A;
-  static constexpr int kTileM = kTile, kTileN = kTile;
-  static constexpr int kTileK = 32 / sizeof(A) * (kTile == 64 ? 2 : 1);
-  static constexpr int kThreads = 256;
-  static constexpr int kBlocksPerProcessor = 2;
-  static constexpr size_t kVisitBytes = 0;
-  static constexpr int kSide = 16;             // 16 x 16 threads
-  static constexpr int kRun = 16 / sizeof(A);  // neighbouring columns of a thread
-  static constexpr int kRuns = kTile / kSide / kRun;
-  static constexpr int kThread = kRun * kRuns;
-  static_assert(kRuns * kRun * kSide == kTile);
+constexpr int kSimtSide = 16;
 
-  struct alignas(16) Tile {
-    static constexpr int kStride = kTile + kRun;  // keeps rows aligned, spreads transposed stores
-    A value[kTileK][kStride];
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ double widen(double v) { return v; }
 
-    template <int V>
-    __device__ __forceinline__ void put_along_k(int outer, int k, const A (&v)[V]) {
+// kOuter (m or n) by kK elements in shared memory, [k][outer] or (kAlongK) [outer][k].
+template <class A, int kOuter, int kK, bool kAlongK>
+struct alignas(16) SimtTile {
+  static constexpr int kRun =
+      kOuter / kSimtSide < 16 / int(sizeof(A)) ? kOuter / kSimtSide : 16 / int(sizeof(A));
+  static constexpr int kRuns = kOuter / kSimtSide / kRun;
+  // Keeps rows aligned and spreads stores across them over the banks.
+  static constexpr int kStride = (kAlongK ? kK : kOuter) + 16 / sizeof(A);
+  A value[kAlongK ? kOuter : kK][kStride];
+
+  __device__ __forceinline__ A& at(int outer, int k) {
+    return kAlongK ? value[outer][k] : value[k][outer];
+  }
+  __device__ __forceinline__ const A& at(int outer, int k) const {
+    return kAlongK ? value[outer][k] : value[k][outer];
+  }
+  template <int V>
+  __device__ __forceinline__ void put_along_k(int outer, int k, const A (&v)[V]) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) value[k + j][outer] = v[j];
-    }
-    template <int V>
-    __device__ __forceinline__ void put_across(int outer, int k, const A (&v)[V]) {
+    for (int j = 0; j < V; ++j) at(outer, k + j) = v[j];
+  }
+  template <int V>
+  __device__ __forceinline__ void put_across(int outer, int k, const A (&v)[V]) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) value[k][outer + j] = v[j];
-    }
-    __device__ __forceinline__ A sum(int outer) const {
-      A total = A(0);
+    for (int j = 0; j < V; ++j) at(outer + j, k) = v[j];
+  }
+  __device__ __forceinline__ A sum(int outer) const {
+    A total = A(0);
+#pragma unroll 8
+    for (int k = 0; k < kK; ++k) total += at(outer, k);
+    return total;
+  }
+  // The elements of one k that a thread multiplies.
+  __device__ __forceinline__ void get(int k, int side, A (&out)[kRun * kRuns]) const {
 #pragma unroll
-      for (int k = 0; k < kTileK; ++k) total += value[k][outer];
-      return total;
-    }
-    // The elements of one k that a thread multiplies: kRuns runs, kSide runs apart.
-    __device__ __forceinline__ void get(int k, int side, A (&out)[kThread]) const {
+    for (int r = 0; r < kRuns; ++r) {
+      const int outer = (r * kSimtSide + side) * kRun;
+      if constexpr (kAlongK) {
 #pragma unroll
-      for (int r = 0; r < kRuns; ++r) {
-        const auto pack =
-            *reinterpret_cast<const Pack<A, kRun>*>(&value[k][(r * kSide + side) * kRun]);
+        for (int j = 0; j < kRun; ++j) out[r * kRun + j] = value[outer + j][k];
+      } else {
+        const auto pack = *reinterpret_cast<const Pack<A, kRun>*>(&value[k][outer]);
 #pragma unroll
         for (int j = 0; j < kRun; ++j) out[r * kRun + j] = pack.value[j];
       }
     }
-  };
+  }
+};
 
+template <class A, int kM, int kN, int kK>
+struct SimtCore {
+  using Accumulator = A;
+  static constexpr int kTileM = kM, kTileN = kN, kTileK = kK;
+  static constexpr int kThreads = kSimtSide * kSimtSide;
+  static constexpr int kBlocksPerProcessor = 2;
+  static constexpr size_t kVisitBytes = 0;
+
+  template <bool kAlong>
+  using TileA = SimtTile<A, kM, kK, kAlong>;
+  template <bool kAlong>
+  using TileB = SimtTile<A, kN, kK, kAlong>;
+  static constexpr int kRunM = TileA<false>::kRun, kRun = TileB<false>::kRun;
+  static constexpr int kThreadM = kM / kSimtSide, kThreadN = kN / kSimtSide;
+
+  // Operands of any order arrive in the order that multiplies fastest.
   template <bool, bool>
   struct Shared {
     struct {
-      Tile a, b;
+      TileA<false> a;
+      TileB<false> b;
     } stage[2];
   };
 
-  A sums[kThread][kThread] = {};
+  A sums[kThreadM][kThreadN] = {};
 
-  __device__ __forceinline__ void multiply(const Tile& a, const Tile& b) {
-#pragma unroll
+  template <class Left, class Right>
+  __device__ __forceinline__ void multiply(const Left& a, const Right& b) {
+#pragma unroll(kTileK <= 16 ? kTileK : 8)
     for (int k = 0; k < kTileK; ++k) {
-      A left[kThread], right[kThread];
-      a.get(k, threadIdx.x / kSide, left);
-      b.get(k, threadIdx.x % kSide, right);
+      A left[kThreadM], right[kThreadN];
+      a.get(k, threadIdx.x / kSimtSide, left);
+      b.get(k, threadIdx.x % kSimtSide, right);
 #pragma unroll
-      for (int i = 0; i < kThread; ++i)
+      for (int i = 0; i < kThreadM; ++i)
 #pragma unroll
-        for (int j = 0; j < kThread; ++j) sums[i][j] += left[i] * right[j];
+        for (int j = 0; j < kThreadN; ++j) sums[i][j] += left[i] * right[j];
     }
   }
 
@@ -79,16 +105,20 @@ struct Simt {
   __device__ __forceinline__ void visit(unsigned char*, Use use) {
     static_assert(kWidth == kRun);
 #pragma unroll
-    for (int i = 0; i < kThread; ++i)
+    for (int i = 0; i < kThreadM; ++i)
 #pragma unroll
-      for (int r = 0; r < kRuns; ++r) {
+      for (int r = 0; r < kThreadN / kRun; ++r) {
         A run[kRun];
 #pragma unroll
         for (int j = 0; j < kRun; ++j) run[j] = sums[i][r * kRun + j];
-        const int m = (i / kRun * kSide + threadIdx.x / kSide) * kRun + i % kRun;
-        use(m, (r * kSide + int(threadIdx.x) % kSide) * kRun, run);
+        const int side = threadIdx.x / kSimtSide;
+        const int m = (i / kRunM * kSimtSide + side) * kRunM + i % kRunM;
+        use(m, (r * kSimtSide + int(threadIdx.x) % kSimtSide) * kRun, run);
       }
   }
 };
+
+template <class A, int kTile>
+using Simt = SimtCore<A, kTile, kTile, 32 / int(sizeof(A)) * (kTile == 64 ? 2 : 1)>;
 
 }  // namespace lfp::cuda

@@ -59,9 +59,16 @@ struct ParameterUpdate {
   template <int V>
   __device__ __forceinline__ void operator()(int64_t i, Acc<T> (&raw)[V],
                                              const RuleCall<Acc<T>>& rule) const {
-    using A = Acc<T>;
-    A w[V];
+    Acc<T> w[V];
     load<V>(param, i, w);
+    apply(i, raw, w, rule);
+  }
+
+  // The same for who has the values w of the parameter already.
+  template <int V>
+  __device__ __forceinline__ void apply(int64_t i, Acc<T> (&raw)[V], Acc<T> (&w)[V],
+                                        const RuleCall<Acc<T>>& rule) const {
+    using A = Acc<T>;
 #pragma unroll
     for (int k = 0; k < V; ++k) raw[k] = rule.weight_epilogue(raw[k], w[k]);
     if (feedback) return store<V>(feedback, i, raw);
