@@ -182,7 +182,7 @@ struct OnePassKernel {
 };
 
 template <class T, class P>
-__global__ void __launch_bounds__(256) one_pass_kernel(OnePass<T> p) {
+__global__ void __launch_bounds__(256, 1) one_pass_kernel(OnePass<T> p) {
   using K = OnePassKernel<T, P>;
   using A = Acc<T>;
   extern __shared__ __align__(16) unsigned char memory[];

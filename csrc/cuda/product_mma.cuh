@@ -135,7 +135,7 @@ struct MmaCore {
   static constexpr int kStep = kMmaStep<P>;
   static constexpr int kWarpsN = kN / kWarpN;
   static constexpr int kThreads = 32 * (kM / kWarpM) * kWarpsN;
-  static constexpr int kBlocksPerProcessor = kThreads <= 128 ? 4 : 2;
+  static constexpr int kBlocksPerProcessor = kThreads <= 128 ? 3 : 1;
   static constexpr int kPartsM = kWarpM / 16, kPartsN = kWarpN / 8;
   static_assert(kPartsN % 2 == 0 && kK % kStep == 0);
 

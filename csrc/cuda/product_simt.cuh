@@ -65,7 +65,8 @@ struct SimtCore {
   using Accumulator = A;
   static constexpr int kTileM = kM, kTileN = kN, kTileK = kK;
   static constexpr int kThreads = kSimtSide * kSimtSide;
-  static constexpr int kBlocksPerProcessor = 2;
+  // Registers: 128 for two blocks do not hold 64 sums and two operands on their way.
+  static constexpr int kBlocksPerProcessor = kM * kN > 64 * 64 ? 1 : 2;
   static constexpr size_t kVisitBytes = 0;
 
   template <bool kAlong>
