@@ -51,6 +51,7 @@ struct RuleParams {
 // LFP-epsilon: s = r / stab(z), M = W, r_in = x * g, feedback = abs(W) * f.
 template <class T>
 struct Epsilon {
+  static constexpr bool kMatrixIsWeight = true;  // matrix() may be left out
   static LFP_HD T prologue(T r, T z, RuleParams<T> p) { return r / stabilize(z, p.eps); }
   static LFP_HD T matrix(T w) { return w; }
   static LFP_HD T input_epilogue(T g, T x, RuleParams<T>) { return g * x; }
@@ -60,6 +61,7 @@ struct Epsilon {
 // Plain gradient through the same pair of products: every function is the identity.
 template <class T>
 struct Gradient {
+  static constexpr bool kMatrixIsWeight = true;
   static LFP_HD T prologue(T r, T, RuleParams<T>) { return r; }
   static LFP_HD T matrix(T w) { return w; }
   static LFP_HD T input_epilogue(T g, T, RuleParams<T>) { return g; }

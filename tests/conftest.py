@@ -30,6 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=CAPABILITY,
         help="compute capability of the simulated GPU: 80, 90, ...",
     )
+    parser.addoption(
+        "--processors",
+        type=int,
+        default=108,
+        help="multiprocessors of the simulated GPU; few make small products large for it",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,12 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
     hook_torch()
     capability = config.getoption("--capability")
     if which == "cuda":
-        simulate_cuda(capability)
+        simulate_cuda(capability, config.getoption("--processors"))
     else:
         simulate_triton(capability)
 
 
-def simulate_cuda(capability: int) -> None:
+def simulate_cuda(capability: int, processors: int) -> None:
     import torch
     from gpusim import cuda
 
@@ -63,7 +69,7 @@ def simulate_cuda(capability: int) -> None:
         sorted(sources), name="lfp_kernels_simulated", arch=arch,
         flags=["-DLFP_SIMULATED", "--expt-relaxed-constexpr"],
     )  # fmt: skip
-    cuda.load(library, capability=capability)
+    cuda.load(library, capability=capability, processors=processors)
 
 
 def simulate_triton(capability: int) -> None:

@@ -8,6 +8,7 @@ namespace lfp::cuda {
 // z = sum + bias, relu
 template <class T>
 struct ForwardEpilogue {
+  using Element = T;
   static constexpr int kWidth = kWide<T>;
   static constexpr bool wants_row_sums = false;
   T* z;
@@ -33,6 +34,7 @@ struct ForwardEpilogue {
 // r_in = input_epilogue(g, x), or the signal of the layer below
 template <class T>
 struct InputEpilogue {
+  using Element = T;
   static constexpr int kWidth = kWide<T>;
   static constexpr bool wants_row_sums = false;
   const T* x;
@@ -55,6 +57,7 @@ struct InputEpilogue {
 // feedback = weight_epilogue(sum, W), stored or applied; the bias by its row sum
 template <class T>
 struct WeightEpilogue {
+  using Element = T;
   static constexpr int kWidth = kWide<T>;
   ParameterUpdate<T> weight, bias;
   int64_t cols;

@@ -6,12 +6,21 @@
 #include "epilogue.cuh"
 #include "linear_one_pass.cuh"
 #include "operand.cuh"
+#include "product_hopper.cuh"
 #include "product_types.cuh"
 
 namespace lfp::cuda {
 namespace {
 
 constexpr const char* kOp = "linear_redistribute";
+
+template <class P, class OperandA, class OperandB, class Epilogue>
+void matrix_product(int64_t m, int64_t n, int64_t k, const OperandA& a, const OperandB& b,
+                    const Epilogue& epilogue, const Tensor& like, const Device& device) {
+  if constexpr (std::is_same_v<P, BFloat16> && std::is_same_v<typename Epilogue::Element, P>)
+    if (hopper_product(m, n, k, a, b, epilogue, like, device)) return;
+  tiled_product<P>(m, n, k, a, b, epilogue, like, device);
+}
 
 // One call's arguments, checked in Python and dense.
 struct Layer {
@@ -40,7 +49,7 @@ void redistribute_input(const Layer& layer, const RuleCall<Acc<T>>& rule, Tensor
   T* to = data<T>(reward);
   const bool wide = allows_packs<T>(layer.in()) && aligned16(x, to);
   const InputEpilogue<T> epilogue{x, to, layer.in(), rule, wide};
-  tiled_product<P>(layer.n(), layer.in(), layer.out(), s, w, epilogue, layer.x, device);
+  matrix_product<P>(layer.n(), layer.in(), layer.out(), s, w, epilogue, layer.x, device);
 }
 
 // The feedback of W and b goes where `weight` and `bias` say.
@@ -55,7 +64,7 @@ void redistribute_weight(const Layer& layer, const RuleCall<Acc<T>>& rule,
   const WeightEpilogue<T> epilogue{weight, bias, layer.in(), rule, wide, wants_bias, wants_weight};
   // Without columns there is no tile, yet the bias has its sums: one column outside of x.
   const int64_t in = wants_weight && layer.in() > 0 ? layer.in() : wants_bias;
-  tiled_product<P>(layer.out(), in, layer.n(), s, x, epilogue, layer.x, device);
+  matrix_product<P>(layer.out(), in, layer.n(), s, x, epilogue, layer.x, device);
 }
 
 // Both in one launch over W, for batches up to kBatch; false where that does not apply.
@@ -185,7 +194,7 @@ Tensor linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, bool 
                      const T* add = bias.has_value() ? data<T>(b) : nullptr;
                      const bool wide = allows_packs<T>(out) && aligned16(data<T>(z), add);
                      const ForwardEpilogue<T> epilogue{data<T>(z), add, out, relu, wide};
-                     tiled_product<P>(n, out, in, left, right, epilogue, x, device);
+                     matrix_product<P>(n, out, in, left, right, epilogue, x, device);
                    });
   return z;
 }

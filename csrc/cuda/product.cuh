@@ -8,6 +8,10 @@
 // and answers with zeros outside of its matrix. An epilogue takes finished sums:
 //   kWidth, wide (runs of kWidth sums of a row may be handed over together)
 //   operator()<V>(m, n, A (&)[V]);  wants_row_sums, row_sum(m, sum_k A[m,k])
+// Several products of one shape may share a launch, such as the groups of a convolution. Operands
+// and epilogue then have select(part), and the epilogue may have depth(), the k of that part.
+// An epilogue with kTakesRuns is handed every run whole and sees to the end of the row itself.
+// An epilogue with wants_sums == false takes row sums only, the same bits as with the sums.
 // A core (product_simt.cuh, product_mma.cuh) keeps the tiles in shared memory and multiplies them.
 #pragma once
 
@@ -24,9 +28,23 @@ struct Problem {
   int64_t m, n, k;
   int64_t tiles_m, tiles_n;
   int64_t k_per_split;        // multiple of the core's kTileK
-  A* partial = nullptr;       // [splits, M, N] when the sum over k is split over blocks
-  A* partial_rows = nullptr;  // [splits, M]
+  A* partial = nullptr;       // [parts, splits, M, N] when the sum over k is split over blocks
+  A* partial_rows = nullptr;  // [parts, splits, M]
+  int64_t parts = 1;
 };
+
+template <class F>
+__device__ __forceinline__ void select_part(F& f, int64_t part) {
+  if constexpr (requires { f.select(part); }) f.select(part);
+}
+
+template <class Epilogue>
+LFP_HD bool wants_sums(const Epilogue& epilogue) {
+  if constexpr (requires { epilogue.wants_sums; })
+    return epilogue.wants_sums;
+  else
+    return true;
+}
 
 struct TileIndex {
   int64_t m, n;
@@ -77,25 +95,29 @@ struct Share {
   }
 };
 
-// Hands sums of one row to the epilogue, or to the partial sums of this split.
+// Hands sums of one row to the epilogue, or to the `slot`-th matrix of partial sums.
 template <class A, class Epilogue, int W>
-__device__ __forceinline__ void finish(const Problem<A>& p, const Epilogue& epilogue, int64_t m,
-                                       int64_t n, A (&sums)[W]) {
+__device__ __forceinline__ void finish(const Problem<A>& p, const Epilogue& epilogue, int64_t slot,
+                                       int64_t m, int64_t n, A (&sums)[W]) {
   if (m >= p.m || n >= p.n) return;
   if (p.partial) {
-    A* to = p.partial + (int64_t(blockIdx.y) * p.m + m) * p.n + n;
+    A* to = p.partial + (slot * p.m + m) * p.n + n;
 #pragma unroll
     for (int k = 0; k < W; ++k)
       if (n + k < p.n) to[k] = sums[k];
     return;
   }
-  if (epilogue.wide) return epilogue.template operator()<W>(m, n, sums);
+  if constexpr (requires { Epilogue::kTakesRuns; }) {
+    epilogue.template operator()<W>(m, n, sums);
+  } else {
+    if (epilogue.wide) return epilogue.template operator()<W>(m, n, sums);
 #pragma unroll
-  for (int k = 0; k < W; ++k)
-    if (n + k < p.n) {
-      A one[1] = {sums[k]};
-      epilogue.template operator()<1>(m, n + k, one);
-    }
+    for (int k = 0; k < W; ++k)
+      if (n + k < p.n) {
+        A one[1] = {sums[k]};
+        epilogue.template operator()<1>(m, n + k, one);
+      }
+  }
 }
 
 template <class Core, class OperandA, class OperandB, class Epilogue>
@@ -107,11 +129,19 @@ __global__ void __launch_bounds__(Core::kThreads, Core::kBlocksPerProcessor)
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
 
-  const TileIndex tile = tile_of_block(blockIdx.x, p.tiles_m, p.tiles_n);
+  const int64_t tiles = p.tiles_m * p.tiles_n;
+  const int64_t part = p.parts == 1 ? 0 : blockIdx.x / tiles;
+  const int64_t slot = part * gridDim.y + blockIdx.y;
+  select_part(a, part);
+  select_part(b, part);
+  select_part(epilogue, part);
+  if constexpr (requires { epilogue.depth(); }) p.k = epilogue.depth();
+  const TileIndex tile = tile_of_block(blockIdx.x - part * tiles, p.tiles_m, p.tiles_n);
   const int64_t m0 = tile.m * Core::kTileM, n0 = tile.n * Core::kTileN;
   const int64_t begin = blockIdx.y * p.k_per_split;
   const int64_t end = min(p.k, begin + p.k_per_split);
   const bool sums_rows = epilogue.wants_row_sums && tile.n == 0;
+  if (!wants_sums(epilogue) && !sums_rows) return;
 
   Core core;
   A row_sum = A(0);
@@ -139,13 +169,14 @@ __global__ void __launch_bounds__(Core::kThreads, Core::kBlocksPerProcessor)
     }
     __syncthreads();
   }
-  core.template visit<Epilogue::kWidth>(memory, [&](int m, int n, A(&sums)[Epilogue::kWidth]) {
-    finish(p, epilogue, m0 + m, n0 + n, sums);
-  });
+  if (wants_sums(epilogue))
+    core.template visit<Epilogue::kWidth>(memory, [&](int m, int n, A(&sums)[Epilogue::kWidth]) {
+      finish(p, epilogue, slot, m0 + m, n0 + n, sums);
+    });
   if (sums_rows && threadIdx.x < Core::kTileM && m0 + threadIdx.x < p.m) {
     const int64_t m = m0 + threadIdx.x;
     if (p.partial_rows)
-      p.partial_rows[blockIdx.y * p.m + m] = row_sum;
+      p.partial_rows[slot * p.m + m] = row_sum;
     else
       epilogue.row_sum(m, row_sum);
   }
@@ -160,21 +191,24 @@ __global__ void __launch_bounds__(kReduceThreads)
                          Epilogue epilogue) {
   constexpr int W = Epilogue::kWidth;
   const int64_t line = ceil_div<int64_t>(p.n, W);
-  const int64_t i = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x;
-  if (i < p.m * line) {
+  const int64_t blocks = gridDim.x / p.parts, part = p.parts == 1 ? 0 : blockIdx.x / blocks;
+  const int64_t i = (blockIdx.x - part * blocks) * kReduceThreads + threadIdx.x;
+  const int64_t first = part * splits;
+  select_part(epilogue, part);
+  if (wants_sums(epilogue) && i < p.m * line) {
     const int64_t m = i / line, n = i % line * W;
     A sums[W] = {};
     for (int s = 0; s < splits; ++s) {
-      const A* from = partial + (s * p.m + m) * p.n + n;
+      const A* from = partial + ((first + s) * p.m + m) * p.n + n;
 #pragma unroll
       for (int k = 0; k < W; ++k)
         if (n + k < p.n) sums[k] += from[k];
     }
-    finish(p, epilogue, m, n, sums);
+    finish(p, epilogue, 0, m, n, sums);
   }
   if (epilogue.wants_row_sums && i < p.m) {
     A sum = A(0);
-    for (int s = 0; s < splits; ++s) sum += partial_rows[s * p.m + i];
+    for (int s = 0; s < splits; ++s) sum += partial_rows[(first + s) * p.m + i];
     epilogue.row_sum(i, sum);
   }
 }
@@ -189,42 +223,52 @@ int64_t count_splits(int64_t tiles, int64_t k, const Device& device) {
   return tiles >= device.processors() ? 1 : std::clamp<int64_t>(std::min(wanted, most), 1, 64);
 }
 
-template <class Core, class OperandA, class OperandB, class Epilogue>
-void product(int64_t m, int64_t n, int64_t k, const OperandA& a, const OperandB& b,
-             const Epilogue& epilogue, const Tensor& like, const Device& device) {
+// launch(problem, grid) for the tiles of Core, and a second launch where their sums were split.
+template <class Core, class Epilogue, class Launch>
+void split_product(int64_t m, int64_t n, int64_t k, const Epilogue& epilogue, const Tensor& like,
+                   const Device& device, int64_t parts, Launch launch) {
   using A = typename Core::Accumulator;
-  if (m == 0 || n == 0) return;
+  if (m == 0 || n == 0 || parts == 0) return;
   Problem<A> p{m, n, k, ceil_div<int64_t>(m, Core::kTileM), ceil_div<int64_t>(n, Core::kTileN)};
-  const int64_t tiles = p.tiles_m * p.tiles_n;
+  p.parts = parts;
+  const int64_t tiles = p.tiles_m * p.tiles_n * parts;
   const int64_t wanted = count_splits<Core>(tiles, k, device);
   p.k_per_split = ceil_div<int64_t>(ceil_div<int64_t>(k, wanted), Core::kTileK) * Core::kTileK;
   const int64_t splits = k == 0 ? 1 : ceil_div<int64_t>(k, p.k_per_split);
   Tensor partial, rows;
   if (splits > 1) {
     const auto type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-    partial = torch::stable::new_empty(like, {splits, m, n}, type);
+    partial = torch::stable::new_empty(like, {parts, splits, m, n}, type);
     p.partial = data<A>(partial);
     if (epilogue.wants_row_sums) {
-      rows = torch::stable::new_empty(like, {splits, m}, type);
+      rows = torch::stable::new_empty(like, {parts, splits, m}, type);
       p.partial_rows = data<A>(rows);
     }
   }
-  using Shared = typename Core::template Shared<OperandA::kAlongK, OperandB::kAlongK>;
-  const size_t bytes = std::max(sizeof(Shared), Core::kVisitBytes);
-  auto* kernel = product_kernel<Core, OperandA, OperandB, Epilogue>;
-  allow_shared(kernel, bytes);
   LFP_CHECK(tiles < (int64_t(1) << 31), "product", "tensor too large: ", tiles, " tiles");
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
-  kernel<<<grid, Core::kThreads, bytes, device.stream>>>(p, a, b, epilogue);
+  launch(p, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(splits)));
   check_launch();
   if (splits == 1) return;
   const int64_t items = std::max(m * ceil_div<int64_t>(n, Epilogue::kWidth), m);
-  const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(items, kReduceThreads));
+  const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(items, kReduceThreads) * parts);
   Problem<A> whole = p;
   whole.partial = nullptr;
   reduce_splits_kernel<A, Epilogue><<<blocks, kReduceThreads, 0, device.stream>>>(
       whole, static_cast<int>(splits), p.partial, p.partial_rows, epilogue);
   check_launch();
+}
+
+template <class Core, class OperandA, class OperandB, class Epilogue>
+void product(int64_t m, int64_t n, int64_t k, const OperandA& a, const OperandB& b,
+             const Epilogue& epilogue, const Tensor& like, const Device& device,
+             int64_t parts = 1) {
+  using Shared = typename Core::template Shared<OperandA::kAlongK, OperandB::kAlongK>;
+  const size_t bytes = std::max(sizeof(Shared), Core::kVisitBytes);
+  auto* kernel = product_kernel<Core, OperandA, OperandB, Epilogue>;
+  allow_shared(kernel, bytes);
+  split_product<Core>(m, n, k, epilogue, like, device, parts, [&](const auto& p, dim3 grid) {
+    kernel<<<grid, Core::kThreads, bytes, device.stream>>>(p, a, b, epilogue);
+  });
 }
 
 }  // namespace lfp::cuda

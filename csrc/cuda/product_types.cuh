@@ -44,14 +44,15 @@ struct CoreOf<double> {
 // The large tile reads half as much; the small one makes four times the blocks.
 template <class P, class OperandA, class OperandB, class Epilogue>
 void tiled_product(int64_t m, int64_t n, int64_t k, const OperandA& a, const OperandB& b,
-                   const Epilogue& epilogue, const Tensor& like, const Device& device) {
+                   const Epilogue& epilogue, const Tensor& like, const Device& device,
+                   int64_t parts = 1) {
   using Large = typename CoreOf<P>::Large;
   using Small = typename CoreOf<P>::Small;
   const int64_t tiles = ceil_div<int64_t>(m, Large::kTileM) * ceil_div<int64_t>(n, Large::kTileN);
-  if (tiles >= device.processors())
-    product<Large>(m, n, k, a, b, epilogue, like, device);
+  if (tiles * parts >= device.processors())
+    product<Large>(m, n, k, a, b, epilogue, like, device, parts);
   else
-    product<Small>(m, n, k, a, b, epilogue, like, device);
+    product<Small>(m, n, k, a, b, epilogue, like, device, parts);
 }
 
 }  // namespace lfp::cuda

@@ -51,7 +51,7 @@ class Emitter:
         self.entry = entry
         self.shared: dict[str, int] = {}
         self.static_shared = 0
-        self.dynamic: Variable | None = None
+        self.dynamic: dict[str, Variable] = {}  # all names of the one dynamic block
         self.globals = {v.name: v for v in module.variables if v.space in ("global", "const")}
         self.locals = {v.name: v for v in entry.variables if v.space == "local"}
         for variable in [*module.variables, *entry.variables]:
@@ -60,7 +60,7 @@ class Emitter:
 
     def _place_shared(self, variable: Variable) -> None:
         if variable.count is None:
-            self.dynamic = variable
+            self.dynamic[variable.name] = variable
             return
         start = -(-self.static_shared // variable.align) * variable.align
         self.shared[variable.name] = start
@@ -69,7 +69,7 @@ class Emitter:
     @property
     def dynamic_offset(self) -> int:
         """Where dynamic shared memory starts: after the static variables, aligned as declared."""
-        align = max(16, self.dynamic.align if self.dynamic else 16)
+        align = max([16, *(variable.align for variable in self.dynamic.values())])
         return -(-self.static_shared // align) * align
 
     @staticmethod
@@ -128,7 +128,7 @@ class Emitter:
     def _symbol(self, name: str) -> str:
         if name in self.shared:
             return f"{self.shared[name]}u"
-        if self.dynamic and name == self.dynamic.name:
+        if name in self.dynamic:
             return "DYNAMIC_SHARED"
         if name in self.globals:
             return f"g_{self.identifier(name)}"

@@ -116,6 +116,14 @@ def test_dynamic_shared_memory() -> None:
     assert (run(DYNAMIC, values, np.zeros(N, np.uint32), shared=256) == values[::-1]).all()
 
 
+def test_all_names_of_dynamic_shared_memory_are_one_block() -> None:
+    """A module may declare it once for each of its kernels."""
+    other = ".extern .shared .align 4 .b8 other[];\n.visible .entry"
+    ptx = DYNAMIC.replace(".visible .entry", other, 1)
+    values = np.arange(N, dtype=np.uint32)
+    assert (run(ptx, values, np.zeros(N, np.uint32), shared=256) == values[::-1]).all()
+
+
 COUNTER = kernel(
     """
 mov.u64 %q1, counter; setp.eq.u32 %p1, tid, 0;
