@@ -10,8 +10,11 @@
 namespace lfp::cpu {
 namespace {
 
-constexpr int64_t kTileElements = 1 << 18;  // about 1 MB of s^T x: a core's own cache
-constexpr int64_t kColumnBlock = 512;       // columns of W converted at a time
+// Elements of a tile of s^T x: at most about 1 MB, a core's own cache. A layer gives each thread at
+// least four tiles, so that its feedback is never held whole, down to tiles not worth a call.
+constexpr int64_t kLargestTile = 1 << 18;
+constexpr int64_t kSmallestTile = 1 << 16;
+constexpr int64_t kColumnBlock = 512;  // columns of W converted at a time
 constexpr int64_t kTransposeBlock = 16;
 
 constexpr const char* kOp = "linear_redistribute";
@@ -101,7 +104,8 @@ void weight_tiles(const Tensor& s, const Tensor& x, Visit visit) {
       std::clamp<int64_t>(work / kProductGrain, 1, torch::stable::get_num_threads());
   const int64_t share = (out + threads - 1) / threads;
   // Every thread gets the same number of tiles, of one height.
-  const int64_t each = std::max<int64_t>(1, (share * in + kTileElements / 2) / kTileElements);
+  const int64_t target = std::clamp(share * in / 4, kSmallestTile, kLargestTile);
+  const int64_t each = std::max<int64_t>(1, (share * in + target / 2) / target);
   const int64_t rows = std::max<int64_t>((share + each - 1) / each, std::min<int64_t>(share, 16));
   const int64_t tiles = (out + rows - 1) / rows;
   const P* sp = data<P>(s);
