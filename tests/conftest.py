@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("cuda", "triton"),
         help="run the op tests with the CUDA C++ or the Triton kernels, executed on the CPU",
     )
+    parser.addoption("--device", help="run the op tests on this device, such as cuda")
     parser.addoption(
         "--capability",
         type=int,
@@ -39,6 +40,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if device := config.getoption("--device"):
+        from on_device import OnDevice
+
+        OnDevice(device).__enter__()
     which = config.getoption("--simulate")
     if which is None:
         return
