@@ -7,6 +7,7 @@ the whole process; the Triton modules take the place of the native ones in the r
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -50,11 +51,49 @@ def pytest_configure(config: pytest.Config) -> None:
     from gpusim import hook_torch
 
     hook_torch()
+    _copy_foreign_memory()
     capability = config.getoption("--capability")
     if which == "cuda":
         simulate_cuda(capability, config.getoption("--processors"))
     else:
         simulate_triton(capability)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of what only the CPU does (marker host) are left out where GPU kernels run."""
+    if config.getoption("--simulate") is None and config.getoption("--device") in (None, "cpu"):
+        return
+    kept = [item for item in items if item.get_closest_marker("host") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _copy_foreign_memory() -> None:
+    """The checker knows the memory that torch allocates: what numpy or pickle brought is copied."""
+    import torch
+
+    def copying(make):
+        @functools.wraps(make)
+        def copy(*args, **kwargs):
+            return _copied(make(*args, **kwargs))
+
+        return copy
+
+    for name in ("from_numpy", "as_tensor", "load"):
+        setattr(torch, name, copying(getattr(torch, name)))
+    torch.storage._load_from_bytes = copying(torch.storage._load_from_bytes)
+
+
+def _copied(value):
+    import torch
+
+    if isinstance(value, (torch.Tensor, torch.TypedStorage, torch.UntypedStorage)):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value
 
 
 def simulate_cuda(capability: int, processors: int) -> None:
@@ -78,11 +117,16 @@ def simulate_cuda(capability: int, processors: int) -> None:
 
 
 def simulate_triton(capability: int) -> None:
-    from gpusim import triton_driver
+    import torch
+    import torch.utils._triton
+    import triton
+    from gpusim.triton_driver import SimDriver
 
     from lfp_kernels import backends
 
-    triton_driver.active(capability).__enter__()
+    triton.runtime.driver.set_active(SimDriver(capability))
+    # dynamo looks for a GPU before it understands a Triton kernel
+    torch.utils._triton.has_triton = lambda: True
     for table in backends._implementations.values():
         if "triton" in table:
             table["native"] = replace(table["triton"], devices=None)

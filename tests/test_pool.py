@@ -287,6 +287,7 @@ def test_errors_name_the_argument():
             call()
 
 
+@pytest.mark.host  # a GPU would have to be waited for; tests/gpusim_ops says what it does
 @pytest.mark.parametrize("order", ["plain", "last"])
 def test_indices_of_another_input_are_refused(order):
     x = values((2, 3, 9, 9))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -14,5 +16,11 @@ def _step(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
+
+
 define("step(Tensor x) -> Tensor", _step)
-register("activation", native=native, reference=reference)
+register("activation", native=native, triton=_triton, reference=reference)

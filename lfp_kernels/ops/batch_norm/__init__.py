@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,12 @@ def _redistribute(
     )
 
 
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
+
+
 define(
     "batch_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, bool training, float momentum, float eps, bool relu) "
@@ -39,4 +47,4 @@ define(
     "bool need_weight, bool need_bias, int chain) -> (Tensor, Tensor, Tensor)",
     _redistribute,
 )
-register("batch_norm", native=native, reference=reference)
+register("batch_norm", native=native, triton=_triton, reference=reference)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,16 @@ def _dropout(reward: Tensor, mask: Tensor, scale: float) -> Tensor:
     return torch.empty_like(reward)
 
 
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
+
+
 define(
     "sum_redistribute(Tensor a, Tensor b, Tensor reward, int rule, float[] params, int chain) "
     "-> (Tensor, Tensor)",
     _sum,
 )
 define("dropout_redistribute(Tensor reward, Tensor mask, float scale) -> Tensor", _dropout)
-register("combine", native=native, reference=reference)
+register("combine", native=native, triton=_triton, reference=reference)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from ..._library import define
@@ -48,6 +50,12 @@ def _redistribute_update(
     return _input_reward(x, reward, need_input)
 
 
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
+
+
 define(
     f"conv_forward(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, bool relu) -> Tensor",
     _forward,
@@ -65,4 +73,4 @@ define(
     "bool need_input, int chain, ScalarType product) -> Tensor",
     _redistribute_update,
 )
-register("conv", native=native, reference=reference)
+register("conv", native=native, triton=_triton, reference=reference)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from ..._library import define
@@ -30,6 +32,12 @@ def _redistribute_update(
     return x.new_empty(x.shape if need_input else (0,))
 
 
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
+
+
 define("linear_forward(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor", _forward)
 define(
     "linear_redistribute(Tensor x, Tensor weight, Tensor? bias, Tensor z, Tensor reward, int rule, "
@@ -44,4 +52,4 @@ define(
     "int chain, ScalarType product) -> Tensor",
     _redistribute_update,
 )
-register("linear", native=native, reference=reference)
+register("linear", native=native, triton=_triton, reference=reference)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,12 @@ def _max_redistribute(reward, indices, input_shape) -> Tensor:
     return empty(reward, input_shape, strided_channels_last(indices))
 
 
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
+
+
 _RULE = "int rule, float[] params, int chain"
 define(
     "avg_pool_redistribute(Tensor x, Tensor z, Tensor reward, int[] kernel, int[] stride, "
@@ -84,4 +92,4 @@ define(
     "max_pool_redistribute(Tensor reward, Tensor indices, SymInt[] input_shape) -> Tensor",
     _max_redistribute,
 )
-register("pool", native=native, reference=reference)
+register("pool", native=native, triton=_triton, reference=reference)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from ..._library import define
@@ -17,6 +19,12 @@ def _reward_spike_rate(spikes: Tensor, labels: Tensor) -> Tensor:
     return spikes.new_empty(spikes.shape)
 
 
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
+
+
 define("reward(Tensor out, Tensor? target, int kind, float[] params) -> Tensor", _reward)
 define("reward_spike_rate(Tensor spikes, Tensor labels) -> Tensor", _reward_spike_rate)
-register("reward", native=native, reference=reference)
+register("reward", native=native, triton=_triton, reference=reference)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,16 @@ def _global_norm(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty((), dtype=torch.float64 if wide else torch.float32)
 
 
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
+
+
 define(
     "optimizer_update(Tensor(a!)[] params, Tensor[] feedback, Tensor(b!)[] states, int[] codes, "
     "float[] hyper) -> ()",
     _optimizer_update,
 )
 define("global_norm(Tensor[] tensors) -> Tensor", _global_norm)
-register("update", native=native, reference=reference)
+register("update", native=native, triton=_triton, reference=reference)

@@ -1,0 +1,305 @@
+// Optimizer updates of many tensors in one launch, and the global norm that clips them.
+//   w, a, b <- Optimizer(w, a, b, feedback)        in place, each tensor read once and written once
+//   norm = sqrt(sum over all elements v * v)       float64 sums of fixed chunks, then their sum
+// What a launch must know of its tensors travels in its parameters (at most 4 KB): nothing is
+// copied to the device, so a CUDA graph can capture the call. A graph replays the learning rates
+// and clip factor that it has captured.
+#include "common.cuh"
+
+namespace lfp::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr size_t kHyper = 12;         // values per tensor, see optimizer_params
+constexpr int64_t kUpdatePacks = 2;   // 16-byte accesses of a thread for each operand
+constexpr int64_t kNormChunk = 8192;  // elements of a partial sum: fixed, and so are the bits
+constexpr size_t kParameterBytes = 4096;
+
+// The last of the segments whose first block is not behind `block`.
+template <class Segment>
+__device__ const Segment& segment_of(const Segment* segments, int count, int block) {
+  int low = 0, high = count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (segments[middle].first_block <= block)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return segments[low];
+}
+
+// ---- update
+
+struct UpdateSegment {
+  void *param, *a, *b;  // a, b: null where the optimizer has no such state
+  const void* feedback;
+  int64_t count;
+  int32_t first_block;
+  int16_t hyper;  // index of its hyper-parameters
+  bool wide;      // every pointer allows 16-byte accesses
+};
+
+template <class A>
+struct UpdateBatch {
+  static constexpr int kSegments = 64, kHypers = 8;
+  OptimizerParams<A> hyper[kHypers];
+  UpdateSegment segments[kSegments];
+  int count, hypers;
+};
+static_assert(sizeof(UpdateBatch<double>) <= kParameterBytes);
+
+// Elements i .. i + V - 1. The gradient rule's weight epilogue is the identity: the feedback comes
+// finished.
+template <int V, class T, class Optimizer>
+__device__ __forceinline__ void update_pack(const UpdateSegment& s, int64_t i,
+                                            const OptimizerParams<Acc<T>>& hyper) {
+  using A = Acc<T>;
+  T *w = static_cast<T*>(s.param), *a = static_cast<T*>(s.a), *b = static_cast<T*>(s.b);
+  A weight[V], f[V], first[V] = {}, second[V] = {};
+  load<V>(w, i, weight);
+  load<V>(static_cast<const T*>(s.feedback), i, f);
+  if constexpr (Optimizer::kStates > 0) load<V>(a, i, first);
+  if constexpr (Optimizer::kStates > 1) load<V>(b, i, second);
+#pragma unroll
+  for (int k = 0; k < V; ++k) Optimizer::apply(f[k], weight[k], first[k], second[k], hyper);
+  store<V>(w, i, weight);
+  if constexpr (Optimizer::kStates > 0) store<V>(a, i, first);
+  if constexpr (Optimizer::kStates > 1) store<V>(b, i, second);
+}
+
+template <class T>
+inline constexpr int64_t kUpdateChunk = kThreads * kWide<T> * kUpdatePacks;
+
+template <class T, class Optimizer>
+__global__ void __launch_bounds__(kThreads)
+    update_kernel(const __grid_constant__ UpdateBatch<Acc<T>> batch) {
+  constexpr int V = kWide<T>;
+  const UpdateSegment& s = segment_of(batch.segments, batch.count, blockIdx.x);
+  const OptimizerParams<Acc<T>> hyper = batch.hyper[s.hyper];
+  const int64_t begin = int64_t(blockIdx.x - s.first_block) * kUpdateChunk<T>;
+  const int64_t end = min(begin + kUpdateChunk<T>, s.count);
+  const int64_t packed = s.wide ? end - (end - begin) % V : begin;
+  for (int64_t i = begin + threadIdx.x * V; i < packed; i += kThreads * V)
+    update_pack<V, T, Optimizer>(s, i, hyper);
+  for (int64_t i = packed + threadIdx.x; i < end; i += kThreads)
+    update_pack<1, T, Optimizer>(s, i, hyper);
+}
+
+int64_t states_of(int64_t code) { return code == kSgd ? 0 : code == kSgdMomentum ? 1 : 2; }
+
+struct Item {
+  Tensor param, feedback;
+  std::vector<Tensor> states;
+  int64_t code;
+  Params hyper;
+};
+
+// Segments of one dtype and one optimizer, launched when full.
+template <class T, class Optimizer>
+class Updates {
+ public:
+  explicit Updates(cudaStream_t stream) : stream_(stream) {}
+
+  void add(const Item& item) {
+    const int64_t count = item.param.numel(), blocks = ceil_div(count, kUpdateChunk<T>);
+    if (count == 0) return;
+    LFP_CHECK(blocks < (int64_t(1) << 30), "optimizer_update", "parameter too large");
+    if (batch_.count == batch_.kSegments || blocks_ + blocks >= (int64_t(1) << 31)) launch();
+    if (find(item.hyper) < 0 && batch_.hypers == batch_.kHypers) launch();
+    UpdateSegment& s = batch_.segments[batch_.count++];
+    s.param = data<T>(item.param), s.feedback = data<T>(item.feedback);
+    s.a = state<T>(item.states, 0), s.b = state<T>(item.states, 1);
+    s.count = count, s.first_block = static_cast<int32_t>(blocks_);
+    s.wide = aligned16(static_cast<T*>(s.param), static_cast<const T*>(s.feedback),
+                       static_cast<T*>(s.a), static_cast<T*>(s.b));
+    int hyper = find(item.hyper);
+    if (hyper < 0) {
+      hyper = batch_.hypers++;
+      batch_.hyper[hyper] = optimizer_params<Acc<T>>(item.hyper);
+      hypers_.push_back(item.hyper);
+    }
+    s.hyper = static_cast<int16_t>(hyper);
+    blocks_ += blocks;
+  }
+
+  void launch() {
+    if (batch_.count == 0) return;
+    update_kernel<T, Optimizer><<<static_cast<unsigned>(blocks_), kThreads, 0, stream_>>>(batch_);
+    check_launch();
+    batch_.count = batch_.hypers = 0;
+    hypers_.clear();
+    blocks_ = 0;
+  }
+
+ private:
+  int find(const Params& hyper) const {
+    const auto at = std::find(hypers_.begin(), hypers_.end(), hyper);
+    return at == hypers_.end() ? -1 : static_cast<int>(at - hypers_.begin());
+  }
+  UpdateBatch<Acc<T>> batch_{};
+  std::vector<Params> hypers_;
+  int64_t blocks_ = 0;
+  cudaStream_t stream_;
+};
+
+constexpr ScalarType kDtypes[] = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16,
+                                  ScalarType::Half};
+
+void optimizer_update(std::vector<Tensor> params, std::vector<Tensor> feedback,
+                      std::vector<Tensor> states, Ints codes, Params hyper) {
+  const size_t count = params.size();
+  const char* op = "optimizer_update";
+  LFP_CHECK(feedback.size() == count && codes.size() == count && hyper.size() == count * kHyper,
+            "optimizer_update", "expected one feedback, code and row of hyper per parameter");
+  if (count == 0) return;
+  const Device device(params[0]);
+  std::vector<Item> items;
+  size_t next_state = 0;
+  for (size_t k = 0; k < count; ++k) {
+    Item item{params[k],
+              dense(feedback[k]),
+              {},
+              codes[k],
+              Params(hyper.begin() + k * kHyper, hyper.begin() + (k + 1) * kHyper)};
+    for (int64_t i = 0; i < states_of(codes[k]); ++i)
+      item.states.push_back(states.at(next_state++));
+    // Everything that can fail fails here, before the first element changes.
+    dispatch_dtype(item.param.scalar_type(), op, [](auto) {});
+    dispatch_optimizer<float>(codes[k], op, [](auto) {});
+    LFP_CHECK(item.param.is_contiguous(), "optimizer_update", "parameters must be contiguous");
+    LFP_CHECK(item.feedback.numel() == item.param.numel(), "optimizer_update",
+              "feedback must have the size of its parameter");
+    for (const Tensor& s : item.states)
+      LFP_CHECK(s.is_contiguous() && s.numel() == item.param.numel(), "optimizer_update",
+                "states must be contiguous, of the size of their parameter");
+    items.push_back(std::move(item));
+  }
+  for (const ScalarType dtype : kDtypes)
+    for (const int64_t code : {kSgd, kSgdMomentum, kAdamW})
+      dispatch_dtype(dtype, op, [&](auto element) {
+        using T = decltype(element);
+        dispatch_optimizer<Acc<T>>(code, op, [&](auto step) {
+          Updates<T, decltype(step)> updates(device.stream);
+          for (const Item& item : items)
+            if (item.param.scalar_type() == dtype && item.code == code) updates.add(item);
+          updates.launch();
+        });
+      });
+}
+
+// ---- global norm
+
+struct NormSegment {
+  const void* values;
+  int64_t count;
+  int32_t first_block;
+  bool wide;
+};
+
+struct NormBatch {
+  static constexpr int kSegments = 160;
+  NormSegment segments[kSegments];
+  double* sums;  // [blocks of this launch]
+  int count;
+};
+static_assert(sizeof(NormBatch) <= kParameterBytes);
+
+template <int V, class T>
+__device__ __forceinline__ double pack_squares(const T* values, int64_t i) {
+  Acc<T> v[V];
+  load<V>(values, i, v);
+  double sum = 0;
+#pragma unroll
+  for (int k = 0; k < V; ++k) sum += double(v[k]) * double(v[k]);
+  return sum;
+}
+
+// sums[block] = sum of squares of its chunk
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    squares_kernel(const __grid_constant__ NormBatch batch) {
+  constexpr int V = kWide<T>;
+  __shared__ double scratch[kThreads / 32];
+  const NormSegment& s = segment_of(batch.segments, batch.count, blockIdx.x);
+  const T* values = static_cast<const T*>(s.values);
+  const int64_t begin = int64_t(blockIdx.x - s.first_block) * kNormChunk;
+  const int64_t end = min(begin + kNormChunk, s.count);
+  const int64_t packed = s.wide ? end - (end - begin) % V : begin;
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t i = begin + threadIdx.x * V; i < packed; i += kThreads * V)
+    sum += pack_squares<V>(values, i);
+  for (int64_t i = packed + threadIdx.x; i < end; i += kThreads) sum += pack_squares<1>(values, i);
+  sum = block_sum<kThreads>(sum, scratch);
+  if (threadIdx.x == 0) batch.sums[blockIdx.x] = sum;
+}
+
+template <class R>
+__global__ void __launch_bounds__(kThreads)
+    root_kernel(const double* sums, int64_t count, R* result) {
+  __shared__ double scratch[kThreads / 32];
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += sums[i];
+  sum = block_sum<kThreads>(sum, scratch);
+  if (threadIdx.x == 0) *result = static_cast<R>(square_root(sum));
+}
+
+Tensor global_norm(std::vector<Tensor> tensors) {
+  LFP_CHECK(!tensors.empty(), "global_norm", "expected at least one tensor");
+  const Device device(tensors[0]);
+  std::vector<Tensor> sources;
+  int64_t chunks = 0;
+  ScalarType result_type = ScalarType::Float;
+  for (const Tensor& t : tensors) {
+    if (t.scalar_type() == ScalarType::Double) result_type = ScalarType::Double;
+    dispatch_dtype(t.scalar_type(), "global_norm", [](auto) {});
+    chunks += ceil_div(t.numel(), kNormChunk);
+    sources.push_back(dense(t));
+  }
+  const Tensor sums = torch::stable::new_empty(tensors[0], {chunks}, ScalarType::Double);
+  const Tensor result = torch::stable::new_empty(tensors[0], {}, result_type);
+  double* next = data<double>(sums);
+  for (const ScalarType dtype : kDtypes)
+    dispatch_dtype(dtype, "global_norm", [&](auto element) {
+      using T = decltype(element);
+      NormBatch batch{};
+      int64_t blocks = 0;
+      const auto launch = [&] {
+        if (batch.count == 0) return;
+        batch.sums = next;
+        squares_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, device.stream>>>(batch);
+        check_launch();
+        next += blocks;
+        batch.count = 0;
+        blocks = 0;
+      };
+      for (const Tensor& t : sources) {
+        if (t.scalar_type() != dtype || t.numel() == 0) continue;
+        const int64_t more = ceil_div(t.numel(), kNormChunk);
+        LFP_CHECK(more < (int64_t(1) << 30), "global_norm", "tensor too large");
+        if (batch.count == batch.kSegments || blocks + more >= (int64_t(1) << 31)) launch();
+        batch.segments[batch.count++] = {data<T>(t), t.numel(), static_cast<int32_t>(blocks),
+                                         aligned16(data<T>(t))};
+        blocks += more;
+      }
+      launch();
+    });
+  const auto finish = [&](auto* to) {
+    root_kernel<<<1, kThreads, 0, device.stream>>>(data<double>(sums), chunks, to);
+    check_launch();
+  };
+  if (result_type == ScalarType::Double)
+    finish(data<double>(result));
+  else
+    finish(data<float>(result));
+  return result;
+}
+
+}  // namespace
+}  // namespace lfp::cuda
+
+LFP_REGISTER(m) {
+  m.impl("optimizer_update", TORCH_BOX(&lfp::cuda::optimizer_update));
+  m.impl("global_norm", TORCH_BOX(&lfp::cuda::global_norm));
+}

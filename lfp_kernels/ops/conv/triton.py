@@ -1,0 +1,242 @@
+"""Convolution in Triton, 1 to 3 dimensions, transposed or not.
+
+The products are those of triton_kernels.py; this module says which operand is which and launches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...optim import Update
+from ...rules import Gradient, Rule, accumulate_dtype
+from .._triton import (
+    FEEDBACK,
+    NO_HYPER,
+    PARTIAL,
+    arranged_like,
+    blocks,
+    finish,
+    launch,
+    prologue_code,
+    states_of,
+)
+from .._triton_product import (
+    feedback_mode,
+    finish_forward,
+    finish_input,
+    forward_mode,
+    tiles,
+)
+from .._triton_volume import axes, strides
+from .geometry import ConvGeometry, output_shape
+from .layout import empty, strided_channels_last
+from .triton_kernels import product_kernel, weight_kernel
+
+
+def _window(weight: Tensor, geometry: ConvGeometry) -> tuple[int, ...]:
+    """Kernel, stride, padding, dilation per axis."""
+    return (
+        *axes(weight.shape[2:]), *axes(geometry.stride), *axes(geometry.padding, 0),
+        *axes(geometry.dilation),
+    )  # fmt: skip
+
+
+def _long(*tensors: Tensor) -> bool:
+    """Whether 32 bits are too few to count positions, or for offsets within a sample."""
+    for t in tensors:
+        span = sum((size - 1) * step for size, step in zip(t.shape[1:], t.stride()[1:]))
+        if max(t.shape[0] * t.shape[2:].numel(), span) > 2**31 - 1024:
+            return True
+    return False
+
+
+def _product(
+    src: Tensor, z: Tensor, weight: Tensor, out: Tensor, extra: Tensor, geometry: ConvGeometry,
+    scatter: bool, mode: str, last: bool, eps: float, below: float, meta: dict,
+) -> Tensor | None:  # fmt: skip
+    """``out`` [N, ., *spatial] = a gather or scatter of ``src``, through the epilogue of ``meta``.
+
+    Returns:
+        None, or partial sums [parts, *out in the order of its memory] that wait for the epilogue.
+    """
+    groups, taps = geometry.groups, weight.shape[2:].numel()
+    first, second = weight.shape[0] // groups, weight.shape[1]
+    inputs, outputs = (first, second) if scatter else (second, first)
+    w_strides = (second * taps, taps) if scatter else (taps, second * taps)
+    rows = out.shape[0] * out.shape[2:].numel()
+    thin = inputs <= 4 and outputs <= 4  # depthwise: a tensor core would multiply zeros
+    flat = inputs < 16 or thin or mode == "fp64"
+    tile = tiles(rows, outputs, inputs * taps if flat else inputs, mode, groups, thin, heavy=True)
+    steps = blocks(inputs * taps, tile.k) if flat else blocks(inputs, tile.k) * taps
+    target = out
+    if tile.splits > 1:
+        target = out.new_empty((tile.splits, out.numel()), dtype=accumulate_dtype(out.dtype))
+        meta = {**meta, "EPILOGUE": "partial"}
+    launch(
+        product_kernel, tile.programs(rows, outputs), out, src, z, weight, extra, target, rows,
+        inputs, outputs, blocks(steps, tile.splits), *w_strides, weight.numel() // groups,
+        *axes(out.shape[2:]), *axes(src.shape[2:]), *_window(weight, geometry), *strides(src),
+        *strides(z), *strides(out), out.numel(), eps, below, SCATTER=scatter, LAST=last, FLAT=flat,
+        LONG=_long(out, src, z), MODE=mode, groups=groups, **meta, **tile.options(),
+    )  # fmt: skip
+    return target if tile.splits > 1 else None
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, relu: bool
+) -> Tensor:
+    last = strided_channels_last(x) or strided_channels_last(weight)
+    z = empty(x, output_shape(x.shape, weight.shape, geometry), last)
+    if z.numel() == 0:
+        return z
+    bias = None if bias is None else bias.contiguous()
+    meta = {
+        "PROLOGUE": Gradient.code, "EPILOGUE": "forward", "BIAS": bias is not None, "RELU": relu,
+        "RULE": Gradient.code, "SIGNAL_OUT": False,
+    }  # fmt: skip
+    partial = _product(
+        x, x, weight.contiguous(), z, x if bias is None else bias, geometry, geometry.transposed,
+        forward_mode(x.dtype), last, 1.0, 1.0, meta,
+    )  # fmt: skip
+    if partial is not None:
+        inner = 1 if last else z.shape[2:].numel()
+        finish_forward(partial, bias, z, relu, z.shape[1], inner)
+    return z
+
+
+def _input_reward(
+    x: Tensor, weight: Tensor, z: Tensor, reward: Tensor, geometry: ConvGeometry, rule: Rule,
+    below: Rule | None, signal_in: bool, mode: str,
+) -> Tensor:  # fmt: skip
+    last = strided_channels_last(x) or strided_channels_last(reward)
+    out = empty(x, x.shape, last)
+    if out.numel() == 0:
+        return out
+    x = arranged_like(out, x)
+    meta = {
+        "PROLOGUE": prologue_code(rule, signal_in), "EPILOGUE": "input", "BIAS": False,
+        "RELU": False, "RULE": rule.code, "SIGNAL_OUT": below is not None,
+    }  # fmt: skip
+    partial = _product(
+        reward, z, weight, out, x, geometry, not geometry.transposed, mode, last, rule.stabilizer,
+        1.0 if below is None else below.stabilizer, meta,
+    )  # fmt: skip
+    if partial is not None:
+        finish_input(partial, x, out, rule, below)
+    return out
+
+
+def _weight(
+    x: Tensor, weight: Tensor, z: Tensor, reward: Tensor, geometry: ConvGeometry, rule: Rule,
+    signal_in: bool, mode: str, update: Update | None, need: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None, int]:  # fmt: skip
+    """(weight feedback, raw sums of the bias [parts, O], parts); with ``update`` w moves instead.
+
+    Args:
+        need: whether of the weight, of the bias.
+    """
+    out, sums, parts = None, None, 1
+    if need[0]:
+        out = None if update is not None else weight.new_empty(weight.shape)
+        own = need[1] and not geometry.transposed  # the pass sees each signal once
+        sums, parts = _weight_product(
+            x, weight, z, reward, geometry, rule, signal_in, mode, update, out, True, own
+        )
+    if need[1] and sums is None:  # a product without columns
+        sums, parts = _weight_product(
+            x, weight, z, reward, geometry, rule, signal_in, mode, None, None, False, True
+        )
+    return out, sums, parts
+
+
+def _weight_product(
+    x: Tensor, weight: Tensor, z: Tensor, reward: Tensor, geometry: ConvGeometry, rule: Rule,
+    signal_in: bool, mode: str, update: Update | None, out: Tensor | None, columns: bool,
+    bias: bool,
+) -> tuple[Tensor | None, int]:  # fmt: skip
+    """The step of w or its feedback to ``out``; returns (raw bias sums or None, their parts)."""
+    groups, taps = geometry.groups, weight.shape[2:].numel()
+    small, large, signal = reward, x, "small"
+    outputs, inputs = weight.shape[0] // groups, weight.shape[1] if columns else 0
+    if not columns:
+        outputs = reward.shape[1] // groups
+    elif geometry.transposed:
+        small, large, signal = x, reward, "large"
+    positions = small.shape[0] * small.shape[2:].numel()
+    tile = tiles(outputs, inputs * taps, positions, mode, groups, heavy=True)
+    acc, parts = accumulate_dtype(x.dtype), tile.splits
+    sums = weight.new_empty((parts, groups * outputs), dtype=acc) if bias else None
+    target, code, hyper = weight if out is None else out, FEEDBACK.value, NO_HYPER
+    if parts > 1:
+        target, code = weight.new_empty((parts, weight.numel()), dtype=acc), PARTIAL.value
+    elif update is not None:
+        code, hyper = update.code, update.hyper
+    launch(
+        weight_kernel, tile.programs(outputs, inputs * taps), x, small, large, z, weight, target,
+        *states_of(update, weight), target if sums is None else sums, positions, outputs, inputs,
+        tile.part(positions), *axes(small.shape[2:]), *axes(large.shape[2:]),
+        *_window(weight, geometry), *strides(small), *strides(large), *strides(z), weight.numel(),
+        rule.stabilizer, *hyper, SIGNAL=signal, PROLOGUE=prologue_code(rule, signal_in),
+        RULE=rule.code, OPTIMIZER=code, BIAS=bias,
+        LAST=strided_channels_last(x) or strided_channels_last(reward), LONG=_long(small, large, z),
+        MODE=mode, groups=groups, **tile.options(),
+    )  # fmt: skip
+    if parts > 1 and columns:
+        finish(target, weight, rule.code, update, out, parts)
+    return sums, parts
+
+
+def redistribute(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    reward: Tensor,
+    geometry: ConvGeometry,
+    rule: Rule,
+    need: tuple[bool, bool, bool],
+    below: Rule | None,
+    signal_in: bool,
+    product_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    mode, weight = feedback_mode(x.dtype, product_dtype), weight.contiguous()
+    input_reward = bias_feedback = None
+    if need[0]:
+        input_reward = _input_reward(x, weight, z, reward, geometry, rule, below, signal_in, mode)
+    weight_feedback, sums, parts = _weight(
+        x, weight, z, reward, geometry, rule, signal_in, mode, None,
+        (need[1], need[2] and bias is not None),
+    )  # fmt: skip
+    if bias is not None and sums is not None:
+        bias_feedback = bias.new_empty(bias.shape)
+        finish(sums, bias.contiguous(), rule.code, None, bias_feedback, parts)
+    return input_reward, weight_feedback, bias_feedback
+
+
+def redistribute_update(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    reward: Tensor,
+    geometry: ConvGeometry,
+    weight_update: Update,
+    bias_update: Update | None,
+    rule: Rule,
+    need_input: bool,
+    below: Rule | None,
+    signal_in: bool,
+    product_dtype: torch.dtype,
+) -> Tensor | None:
+    mode = feedback_mode(x.dtype, product_dtype)
+    input_reward = None
+    if need_input:  # reads W before any tile of it changes
+        input_reward = _input_reward(x, weight, z, reward, geometry, rule, below, signal_in, mode)
+    of_bias = bias is not None and bias_update is not None
+    _, sums, parts = _weight(
+        x, weight, z, reward, geometry, rule, signal_in, mode, weight_update, (True, of_bias)
+    )
+    if bias is not None and sums is not None:
+        finish(sums, bias, rule.code, bias_update, None, parts)
+    return input_reward

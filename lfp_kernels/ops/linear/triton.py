@@ -1,0 +1,201 @@
+"""The linear layer in Triton; the equations are those of triton_kernels.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...optim import Update
+from ...rules import Rule, accumulate_dtype
+from .._triton import (
+    FEEDBACK,
+    NO_HYPER,
+    PARTIAL,
+    blocks,
+    finish,
+    launch,
+    power_of_2,
+    prologue_code,
+    states_of,
+)
+from .._triton_product import (
+    feedback_mode,
+    finish_forward,
+    finish_input,
+    forward_mode,
+    tiles,
+)
+from .triton_kernels import forward_kernel, input_kernel, one_pass_kernel, weight_kernel
+
+_PROGRAMS = 256  # of the one-pass kernel
+_SMALL = 32  # rows up to which one program holds the whole batch
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    outputs, inputs = weight.shape
+    z = x.new_empty(*x.shape[:-1], outputs)
+    if z.numel() == 0:
+        return z
+    rows, mode = z.numel() // outputs, forward_mode(x.dtype)
+    x = x.reshape(rows, inputs)
+    bias = None if bias is None else bias.contiguous()
+    tile = tiles(rows, outputs, inputs, mode)
+    split = tile.splits > 1
+    target = z
+    if split:
+        target = z.new_empty((tile.splits, *z.shape), dtype=accumulate_dtype(z.dtype))
+    launch(
+        forward_kernel, tile.programs(rows, outputs), x, x, weight, x if bias is None else bias,
+        target, rows, inputs, outputs, tile.part(inputs), *x.stride(), *weight.stride(),
+        BIAS=bias is not None and not split, RELU=relu and not split, SPLIT=split, MODE=mode,
+        **tile.options(),
+    )  # fmt: skip
+    if split:
+        finish_forward(target, bias, z, relu, outputs, 1)
+    return z
+
+
+def _input_reward(
+    x: Tensor, weight: Tensor, z: Tensor, reward: Tensor, rule: Rule, below: Rule | None,
+    signal_in: bool, mode: str,
+) -> Tensor:  # fmt: skip
+    out = x.new_empty(x.shape)
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    tile = tiles(rows, inputs, outputs, mode)
+    split = tile.splits > 1
+    target = out
+    if split:
+        target = x.new_empty((tile.splits, *x.shape), dtype=accumulate_dtype(x.dtype))
+    if out.numel():
+        launch(
+            input_kernel, tile.programs(rows, inputs), x, x, weight, reward, z, target, rows,
+            inputs, outputs, tile.part(outputs), *x.stride(), *weight.stride(), *reward.stride(),
+            *z.stride(), rule.stabilizer, 1.0 if below is None else below.stabilizer,
+            PROLOGUE=prologue_code(rule, signal_in), RULE=rule.code, SIGNAL_OUT=below is not None,
+            SPLIT=split, MODE=mode, **tile.options(),
+        )  # fmt: skip
+        if split:
+            finish_input(target, x.contiguous(), out, rule, below)
+    return out
+
+
+def _weight(
+    x: Tensor, weight: Tensor, z: Tensor, reward: Tensor, rule: Rule, signal_in: bool, mode: str,
+    update: Update | None, need: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None, int]:  # fmt: skip
+    """(weight feedback, raw sums of the bias [parts, O], parts); with ``update`` w moves instead.
+
+    Args:
+        need: whether of the weight, of the bias.
+    """
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    columns = inputs if need[0] else 0  # the bias alone is a product without columns
+    acc = accumulate_dtype(x.dtype)
+    heavy = update is not None and len(update.states) > 0
+    tile = tiles(outputs, columns, rows, mode, heavy=heavy)
+    out = weight.new_empty(weight.shape) if need[0] and update is None else None
+    target = weight if out is None else out
+    code, hyper = FEEDBACK.value, NO_HYPER
+    if tile.splits > 1:
+        target, code = weight.new_empty((tile.splits, outputs, columns), dtype=acc), PARTIAL.value
+    elif update is not None:
+        code, hyper = update.code, update.hyper
+    sums = weight.new_empty((tile.splits, outputs), dtype=acc) if need[1] else None
+    if outputs:
+        launch(
+            weight_kernel, tile.programs(outputs, columns), x, x, weight, reward, z, target,
+            *states_of(update, weight), target if sums is None else sums, rows, columns, outputs,
+            tile.part(rows), *x.stride(), *reward.stride(), *z.stride(), rule.stabilizer, *hyper,
+            PROLOGUE=prologue_code(rule, signal_in), RULE=rule.code, OPTIMIZER=code,
+            BIAS=need[1], MODE=mode, **tile.options(),
+        )  # fmt: skip
+        if tile.splits > 1 and need[0]:
+            finish(target, weight, rule.code, update, out, tile.splits)
+    return out, sums, tile.splits
+
+
+def _one_pass(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, reward: Tensor,
+    weight_update: Update, bias_update: Update | None, rule: Rule, below: Rule | None,
+    signal_in: bool, mode: str,
+) -> Tensor:  # fmt: skip
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    out, acc = x.new_empty(x.shape), accumulate_dtype(x.dtype)
+    m, n, k = power_of_2(rows, 16), power_of_2(inputs, 16, 64), power_of_2(outputs, 16, 32)
+    strips = blocks(inputs, n)
+    parts = max(1, min(_PROGRAMS // strips, blocks(outputs, 4 * k)))
+    part = blocks(outputs, parts * k) * k
+    parts = blocks(outputs, part)
+    partial = x.new_empty((parts, rows, inputs), dtype=acc)
+    of_bias = bias is not None and bias_update is not None
+    sums = x.new_empty(outputs, dtype=acc) if of_bias else None
+    launch(
+        one_pass_kernel, strips * parts, x, x, weight, reward, z,
+        *states_of(weight_update, weight), partial, partial if sums is None else sums, rows, inputs,
+        outputs, part, *x.stride(), *reward.stride(), *z.stride(), rule.stabilizer,
+        *weight_update.hyper, PROLOGUE=prologue_code(rule, signal_in), RULE=rule.code,
+        OPTIMIZER=weight_update.code, BIAS=of_bias, MODE=mode, M=m, N=n, K=k,
+        num_warps=8, num_stages=2,
+    )  # fmt: skip
+    finish_input(partial, x.contiguous(), out, rule, below)
+    if bias is not None and sums is not None:
+        finish(sums, bias, rule.code, bias_update, None)
+    return out
+
+
+def redistribute(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    reward: Tensor,
+    rule: Rule,
+    need: tuple[bool, bool, bool],
+    below: Rule | None,
+    signal_in: bool,
+    product_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    mode = feedback_mode(x.dtype, product_dtype)
+    input_reward = weight_feedback = bias_feedback = None
+    if need[0]:
+        input_reward = _input_reward(x, weight, z, reward, rule, below, signal_in, mode)
+    of_bias = need[2] and bias is not None
+    if need[1] or of_bias:
+        weight_feedback, sums, parts = _weight(
+            x, weight.contiguous(), z, reward, rule, signal_in, mode, None, (need[1], of_bias)
+        )
+        if bias is not None and sums is not None:
+            bias_feedback = bias.new_empty(bias.shape)
+            finish(sums, bias.contiguous(), rule.code, None, bias_feedback, parts)
+    return input_reward, weight_feedback, bias_feedback
+
+
+def redistribute_update(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    reward: Tensor,
+    weight_update: Update,
+    bias_update: Update | None,
+    rule: Rule,
+    need_input: bool,
+    below: Rule | None,
+    signal_in: bool,
+    product_dtype: torch.dtype,
+) -> Tensor | None:
+    mode = feedback_mode(x.dtype, product_dtype)
+    if need_input and x.shape[0] <= _SMALL and mode != "fp64" and x.numel() and weight.numel():
+        return _one_pass(
+            x, weight, bias, z, reward, weight_update, bias_update, rule, below, signal_in, mode
+        )
+    input_reward = None
+    if need_input:  # reads W before any tile of it changes
+        input_reward = _input_reward(x, weight, z, reward, rule, below, signal_in, mode)
+    of_bias = bias is not None and bias_update is not None
+    _, sums, parts = _weight(
+        x, weight, z, reward, rule, signal_in, mode, weight_update, (True, of_bias)
+    )
+    if bias is not None and sums is not None:
+        finish(sums, bias, rule.code, bias_update, None, parts)
+    return input_reward
