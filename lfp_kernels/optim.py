@@ -102,6 +102,13 @@ class Update(NamedTuple):
     states: list[Tensor]
 
 
+def clip_factor(norm: Tensor, clip: float) -> Tensor:
+    """min(1, clip / (norm + 1e-6)), the rule of torch.nn.utils.clip_grad_norm_; 1 where the norm is
+    not finite. 0-dim on the device of ``norm``, never read by the host."""
+    factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+    return torch.where(norm.isfinite(), factor, torch.ones_like(factor))
+
+
 SGD_PLAIN, SGD_MOMENTUM, ADAMW = 0, 1, 2
 STATES = {SGD_PLAIN: 0, SGD_MOMENTUM: 1, ADAMW: 2}  # states per parameter
 
@@ -194,6 +201,7 @@ class BoundOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: with ``clip_norm``, the norm is not finite; nothing has been changed then.
+                On a GPU, which is not waited for, such feedback is left as it is.
         """
         from . import functional
 
@@ -210,12 +218,17 @@ class BoundOptimizer(torch.optim.Optimizer):
                     params.append(param)
                     grads.append(param.grad)
                     groups.append(group)
-        scale = 1.0
-        if params and self.param_groups[0]["clip_norm"] is not None:
-            scale = self.clip_scale(functional.global_norm(grads))
+        scale, factor = 1.0, None
+        clip = self.param_groups[0]["clip_norm"]
+        if params and clip is not None:
+            norm = functional.global_norm(grads)
+            if norm.is_cuda:
+                factor = clip_factor(norm, clip)
+            else:
+                scale = self.clip_scale(norm)
         # .grad is -feedback
         updates = [self.update_of(param, group, -scale) for param, group in zip(params, groups)]
-        functional.optimizer_update(params, grads, updates)
+        functional.optimizer_update(params, grads, updates, scale=factor)
         self.count_step(params)
         return loss
 

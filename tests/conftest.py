@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _copy_foreign_memory() -> None:
-    """The checker knows the memory that torch allocates: what numpy or pickle brought is copied."""
+    """The checker knows the memory that torch allocates: what numpy or a file brought is copied."""
     import torch
 
     def copying(make):
@@ -81,13 +81,12 @@ def _copy_foreign_memory() -> None:
 
     for name in ("from_numpy", "as_tensor", "load"):
         setattr(torch, name, copying(getattr(torch, name)))
-    torch.storage._load_from_bytes = copying(torch.storage._load_from_bytes)
 
 
 def _copied(value):
     import torch
 
-    if isinstance(value, (torch.Tensor, torch.TypedStorage, torch.UntypedStorage)):
+    if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}

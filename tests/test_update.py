@@ -87,6 +87,25 @@ def test_same_bits_twice_for_any_number_of_threads(spec):
         assert all(torch.equal(a, b) for a, b in zip(params, results[0]))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@each_spec
+def test_scale_on_the_device_is_a_factor_on_the_feedback(spec, dtype, scale_dtype, backend):
+    got, want = parameters(dtype), parameters(dtype)
+    feedback = [torch.ones_like(p) for p in got]
+    with use_backend(backend):
+        F.optimizer_update(
+            got, feedback, plan(spec, got), scale=torch.tensor(0.5, dtype=scale_dtype)
+        )
+        F.optimizer_update(want, [0.5 * fb for fb in feedback], plan(spec, want))
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-6 if dtype != torch.bfloat16 else 1e-2, atol=1e-6)
+    for bad in (torch.ones(1), torch.tensor(1), torch.tensor(1.0, dtype=torch.float16)):
+        with pytest.raises((TypeError, ValueError), match="optimizer_update: scale: expected"):
+            F.optimizer_update(got, feedback, plan(spec, got), scale=bad)
+
+
 def update_errors():
     param, feedback = torch.ones(3), torch.ones(3)
     good = plan(optim.SGD(0.1, momentum=0.9), [param])[0]
@@ -135,7 +154,7 @@ def test_opcheck():
     updates = plan(SPECS["adamw"], params)
     call = (
         params, [torch.ones_like(p) for p in params], [s for u in updates for s in u.states],
-        [u.code for u in updates], [h for u in updates for h in u.hyper],
+        [u.code for u in updates], [h for u in updates for h in u.hyper], torch.tensor(0.5),
     )  # fmt: skip
     torch.library.opcheck(ops.optimizer_update.default, call)
     torch.library.opcheck(ops.global_norm.default, (params,))

@@ -37,8 +37,16 @@ void update_item(const Item& item, int64_t from, int64_t count) {
   });
 }
 
+// The value of a 0-dim float32 or float64 tensor; 1 where there is none.
+double value_of(const std::optional<Tensor>& scale) {
+  if (!scale.has_value()) return 1.0;
+  if (scale->scalar_type() == ScalarType::Double) return *data<double>(*scale);
+  return *data<float>(*scale);
+}
+
 void optimizer_update(std::vector<Tensor> params, std::vector<Tensor> feedback,
-                      std::vector<Tensor> states, Ints codes, Params hyper) {
+                      std::vector<Tensor> states, Ints codes, Params hyper,
+                      std::optional<Tensor> scale) {
   const size_t count = params.size();
   LFP_CHECK(feedback.size() == count && codes.size() == count && hyper.size() == count * kHyper,
             "optimizer_update", "expected one feedback, code and row of hyper per parameter");
@@ -46,6 +54,7 @@ void optimizer_update(std::vector<Tensor> params, std::vector<Tensor> feedback,
   items.reserve(count);
   int64_t total = 0;
   size_t next_state = 0;
+  for (size_t k = 0; k < count; ++k) hyper[k * kHyper + 2] *= value_of(scale);
   for (size_t k = 0; k < count; ++k) {
     Item item{params[k], dense(feedback[k]),
               {},        codes[k],

@@ -46,6 +46,9 @@ struct UpdateBatch {
   OptimizerParams<A> hyper[kHypers];
   UpdateSegment segments[kSegments];
   int count, hypers;
+  // A factor on all feedback that is on the device; at most one of the two.
+  const float* scale;
+  const double* wide_scale;
 };
 static_assert(sizeof(UpdateBatch<double>) <= kParameterBytes);
 
@@ -76,7 +79,9 @@ __global__ void __launch_bounds__(kThreads)
     update_kernel(const __grid_constant__ UpdateBatch<Acc<T>> batch) {
   constexpr int V = kWide<T>;
   const UpdateSegment& s = segment_of(batch.segments, batch.count, blockIdx.x);
-  const OptimizerParams<Acc<T>> hyper = batch.hyper[s.hyper];
+  OptimizerParams<Acc<T>> hyper = batch.hyper[s.hyper];
+  if (batch.scale) hyper.scale *= static_cast<Acc<T>>(*batch.scale);
+  if (batch.wide_scale) hyper.scale *= static_cast<Acc<T>>(*batch.wide_scale);
   const int64_t begin = int64_t(blockIdx.x - s.first_block) * kUpdateChunk<T>;
   const int64_t end = min(begin + kUpdateChunk<T>, s.count);
   const int64_t packed = s.wide ? end - (end - begin) % V : begin;
@@ -99,7 +104,13 @@ struct Item {
 template <class T, class Optimizer>
 class Updates {
  public:
-  explicit Updates(cudaStream_t stream) : stream_(stream) {}
+  Updates(cudaStream_t stream, const std::optional<Tensor>& scale) : stream_(stream) {
+    if (!scale.has_value()) return;
+    if (scale->scalar_type() == ScalarType::Double)
+      batch_.wide_scale = data<double>(*scale);
+    else
+      batch_.scale = data<float>(*scale);
+  }
 
   void add(const Item& item) {
     const int64_t count = item.param.numel(), blocks = ceil_div(count, kUpdateChunk<T>);
@@ -147,7 +158,8 @@ constexpr ScalarType kDtypes[] = {ScalarType::Double, ScalarType::Float, ScalarT
                                   ScalarType::Half};
 
 void optimizer_update(std::vector<Tensor> params, std::vector<Tensor> feedback,
-                      std::vector<Tensor> states, Ints codes, Params hyper) {
+                      std::vector<Tensor> states, Ints codes, Params hyper,
+                      std::optional<Tensor> scale) {
   const size_t count = params.size();
   const char* op = "optimizer_update";
   LFP_CHECK(feedback.size() == count && codes.size() == count && hyper.size() == count * kHyper,
@@ -180,7 +192,7 @@ void optimizer_update(std::vector<Tensor> params, std::vector<Tensor> feedback,
       dispatch_dtype(dtype, op, [&](auto element) {
         using T = decltype(element);
         dispatch_optimizer<Acc<T>>(code, op, [&](auto step) {
-          Updates<T, decltype(step)> updates(device.stream);
+          Updates<T, decltype(step)> updates(device.stream, scale);
           for (const Item& item : items)
             if (item.param.scalar_type() == dtype && item.code == code) updates.add(item);
           updates.launch();

@@ -17,7 +17,11 @@ _ = ops  # registers the schemas
 
 @torch.no_grad()
 def optimizer_update(
-    params: Sequence[Tensor], feedback: Sequence[Tensor], updates: Sequence[Update]
+    params: Sequence[Tensor],
+    feedback: Sequence[Tensor],
+    updates: Sequence[Update],
+    *,
+    scale: Tensor | None = None,
 ) -> None:
     """Move every parameter and its optimizer states one step along its feedback, in place.
 
@@ -28,6 +32,8 @@ def optimizer_update(
         params: tensors of any shape and floating dtype, on one device, each at most once.
         feedback: one per parameter, of its shape and dtype.
         updates: one per parameter: what :meth:`lfp_kernels.optim.BoundOptimizer.update_of` gives.
+        scale: 0-dim float32 or float64 on the device of the parameters: a factor on all feedback
+            besides that of the updates, read by the kernel: no value has to come to the host.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has been changed then.
@@ -48,11 +54,26 @@ def optimizer_update(
         raise ValueError(
             f"{op}: params: expected every parameter once, got one twice; sum its feedback"
         )
+    if scale is not None:
+        _check_scale(op, scale, params[0])
     dense = [param.contiguous() for param in params]
-    select("update", params[0]).update(dense, feedback, updates)
+    select("update", params[0]).update(dense, feedback, updates, scale)
     for param, copy in zip(params, dense):
         if copy is not param:
             param.copy_(copy)
+
+
+def _check_scale(op: str, scale: Tensor, like: Tensor) -> None:
+    check.floating(op, "scale", scale)
+    if scale.dim() != 0 or scale.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{op}: scale: expected a 0-dim float32 or float64 tensor, got "
+            f"{scale.dtype} of shape {tuple(scale.shape)}"
+        )
+    if scale.device != like.device:
+        raise ValueError(
+            f"{op}: scale: expected device {like.device} like the parameters, got {scale.device}"
+        )
 
 
 def _check_pair(op: str, k: int, param: Tensor, fb: Tensor, first: Tensor) -> None:

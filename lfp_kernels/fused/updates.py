@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..optim import BoundOptimizer, Update
+from ..optim import BoundOptimizer, Update, clip_factor
 
 
 class Updates:
@@ -54,16 +53,10 @@ class Updates:
         if pairs:
             parameters = [p for p, _ in pairs]
             feedback = [f for _, f in pairs]
-            scale = 1.0 if self.clip is None else clip_factor(feedback, self.clip)
+            scale = None if self.clip is None else clip_factor(F.global_norm(feedback), self.clip)
             take = self.optimizer.update_of
-            updates = [take(p, self.groups[id(p)], scale) for p in parameters]
-            F.optimizer_update([p.data for p in parameters], feedback, updates)
+            updates = [take(p, self.groups[id(p)]) for p in parameters]
+            F.optimizer_update([p.data for p in parameters], feedback, updates, scale=scale)
             self.done += parameters
         self.aside = {}
         self.optimizer.count_step(self.done)
-
-
-def clip_factor(feedback: list[Tensor], clip: float) -> float:
-    """min(1, clip / (norm + 1e-6)) with the global L2 norm, as torch.nn.utils.clip_grad_norm_."""
-    norm = float(F.global_norm(feedback))
-    return min(1.0, clip / (norm + 1e-6)) if torch.isfinite(torch.tensor(norm)) else 1.0

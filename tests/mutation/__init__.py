@@ -29,12 +29,21 @@ class Mutation:
 
 @dataclass(frozen=True)
 class Group:
-    """Bugs of one kernel file and the tests that must fail.
+    """Bugs of one kernel file and the tests that must fail, which must pass without the bug.
 
     Attributes:
-        tests: arguments of pytest. sources: files of csrc/cuda to build ("" builds all).
+        tests: arguments of pytest, as a shell would read them.
+        sources: files of csrc/cuda to build ("" builds all).
+        dtypes: the element types to compile, such as "Float BFloat16": what the tests use. nvcc
+            takes most of the time of a mutant, and it compiles every kernel once per type.
     """
 
     tests: str
     mutations: tuple[Mutation, ...]
     sources: str = ""
+    dtypes: str = ""
+
+
+def plant(file: str, *bugs: tuple[str, str, str]) -> tuple[Mutation, ...]:
+    """The bugs (why, before, after) of one file."""
+    return tuple(Mutation(file, before, after, why) for why, before, after in bugs)

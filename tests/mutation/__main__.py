@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -20,9 +25,19 @@ ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("csrc", "lfp_kernels", "tests", "pyproject.toml")
 LIMIT = 600  # seconds for one mutant: a bug may be an endless loop
 GOAL = 0.95
+# Files whose `case ScalarType::X: return ...` lines choose what is compiled.
+DISPATCHERS = ("csrc/common.h", "csrc/cuda/product_types.cuh")
+CASE = re.compile(r"^ *case ScalarType::(\w+): return.*\n", re.MULTILINE)
+PRODUCT = re.compile(r"^ *if \(product == ScalarType::\w+\) return.*\n", re.MULTILINE)
+
+
+class BrokenTests(Exception):
+    """The tests said nothing about the bug: they did not start, or fail without it too."""
 
 
 def copy_tree(to: Path) -> Path:
+    """Always to the same place: the path of a source is part of what the caches go by."""
+    shutil.rmtree(to, ignore_errors=True)
     for name in COPIED:
         source = ROOT / name
         ignore = shutil.ignore_patterns("*.so", "__pycache__", "golden")
@@ -34,12 +49,12 @@ def copy_tree(to: Path) -> Path:
 
 
 def run_tests(tree: Path, backend: str, group: Group) -> tuple[bool, str]:
-    """Whether the group's tests pass in this tree, and the last line of what they said."""
+    """Whether the group's tests pass in this tree, and what they said."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     if group.sources:
         environment["LFP_SIM_SOURCES"] = group.sources
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["--simulate", backend, *group.tests.split()]
+    command += ["--simulate", backend, *shlex.split(group.tests)]
     try:
         done = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT
@@ -47,60 +62,112 @@ def run_tests(tree: Path, backend: str, group: Group) -> tuple[bool, str]:
     except subprocess.TimeoutExpired:
         return False, f"no end after {LIMIT} s"
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    return done.returncode == 0, lines[-1] if lines else ""
+    last = lines[-1] if lines else ""
+    if done.returncode > 1:  # 0 passed, 1 failed, below 0 crashed
+        errors = [line for line in lines if "error" in line.lower()]
+        raise BrokenTests(f"pytest exit {done.returncode}: {(errors or [last])[0]}")
+    failure = [line[1:].strip() for line in lines if line.startswith("E  ")]
+    return done.returncode == 0, failure[0] if failure else last
+
+
+@contextmanager
+def fewer_types(tree: Path, group: Group) -> Iterator[None]:
+    """Compiles the kernels for the group's element types only."""
+    files = [tree / name for name in DISPATCHERS] if group.dtypes else []
+    texts = [file.read_text() for file in files]
+    for file, text in zip(files, texts):
+        kept = CASE.sub(lambda m: m[0] if m[1] in group.dtypes.split() else "", text)
+        file.write_text(PRODUCT.sub("", kept))
+    try:
+        yield
+    finally:
+        for file, text in zip(files, texts):
+            file.write_text(text)
 
 
 def try_mutation(tree: Path, backend: str, group: Group, mutation: Mutation) -> tuple[bool, str]:
     """Plants the bug, runs the tests, takes it out again; whether it was caught."""
-    file = tree / mutation.file
-    text = file.read_text()
-    if text.count(mutation.before) != 1:
-        raise SystemExit(
-            f"{mutation.file}: the text occurs {text.count(mutation.before)} times, expected once:"
-            f"\n{mutation.before}"
-        )
-    file.write_text(text.replace(mutation.before, mutation.after))
-    try:
-        passed, last = run_tests(tree, backend, group)
-    finally:
-        file.write_text(text)
-    return not passed, last
+    with fewer_types(tree, group):
+        file = tree / mutation.file
+        text = file.read_text()
+        file.write_text(text.replace(mutation.before, mutation.after))
+        try:
+            passed, said = run_tests(tree, backend, group)
+        finally:
+            file.write_text(text)
+    return not passed, said
+
+
+def check_texts(jobs: list[tuple[Group, Mutation]]) -> None:
+    """Every text that is to be replaced occurs once."""
+    for _, mutation in jobs:
+        count = (ROOT / mutation.file).read_text().count(mutation.before)
+        if count != 1:
+            raise SystemExit(f"{mutation.file}: {count} times, not once:\n{mutation.before}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
     parser.add_argument("backend", choices=("cuda", "triton"))
     parser.add_argument("-k", dest="only", default="", help="only files whose path has this text")
+    parser.add_argument("--why", default="", help="only bugs whose kind has this text")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--no-baseline", action="store_true", help="trust that the tests pass without a bug"
+    )
     options = parser.parse_args()
     groups = importlib.import_module(f"{__package__}.{options.backend}_bugs").GROUPS
-    jobs = [(g, m) for g in groups for m in g.mutations if options.only in m.file]
-    caught, missed = 0, []
-    with tempfile.TemporaryDirectory() as folder:
-        trees: SimpleQueue[Path] = SimpleQueue()
-        for k in range(options.workers):
-            trees.put(copy_tree(Path(folder) / f"worker{k}"))
+    jobs = [
+        (g, m) for g in groups for m in g.mutations
+        if options.only in m.file and options.why in m.why
+    ]  # fmt: skip
+    check_texts(jobs)
+    trees: SimpleQueue[Path] = SimpleQueue()
+    folder = Path(tempfile.gettempdir()) / f"lfp_mutation_{options.backend}"
+    for k in range(options.workers):
+        trees.put(copy_tree(folder / f"worker{k}"))
 
-        def work(job: tuple[Group, Mutation]) -> tuple[Mutation, bool, str, float]:
-            tree, start = trees.get(), time.monotonic()
-            try:
-                found, last = try_mutation(tree, options.backend, *job)
-            finally:
-                trees.put(tree)
-            return job[1], found, last, time.monotonic() - start
+    def baseline(group: Group) -> None:
+        tree = trees.get()
+        try:
+            with fewer_types(tree, group):
+                passed, said = run_tests(tree, options.backend, group)
+        finally:
+            trees.put(tree)
+        if not passed:
+            raise BrokenTests(f"fails without a bug: {said}")
 
-        with ThreadPoolExecutor(options.workers) as pool:
-            for mutation, found, last, seconds in pool.map(work, jobs):
-                word = "caught" if found else "MISSED"
-                print(f"{word} {mutation.file} [{mutation.why}] {seconds:.0f} s: {last[:110]}")
+    def work(job: tuple[Group, Mutation]) -> tuple[Mutation, str, str, float]:
+        tree, start = trees.get(), time.monotonic()
+        try:
+            found, said = try_mutation(tree, options.backend, *job)
+            word = "caught" if found else "MISSED"
+        except BrokenTests as error:
+            word, said = "BROKEN", str(error)
+        finally:
+            trees.put(tree)
+        return job[1], word, said, time.monotonic() - start
+
+    words: dict[str, Counter[str]] = {}
+    missed: list[Mutation] = []
+    with ThreadPoolExecutor(options.workers) as pool:
+        for group in dict.fromkeys(g for g, _ in jobs):
+            if not options.no_baseline:
+                baseline(group)
+            for mutation, word, said, seconds in pool.map(work, [j for j in jobs if j[0] is group]):
+                print(f"{word} {mutation.file} [{mutation.why}] {seconds:.0f} s: {said[:110]}")
                 sys.stdout.flush()
-                caught += found
-                if not found:
+                words.setdefault(mutation.file, Counter())[word] += 1
+                if word != "caught":
                     missed.append(mutation)
-    unexplained = [m for m in missed if not m.survives]
+    shutil.rmtree(folder, ignore_errors=True)
+    for file, counts in words.items():
+        print(f"{file}: {counts['caught']} of {counts.total()}")
+    caught = sum(counts["caught"] for counts in words.values())
     print(f"{caught} of {len(jobs)} planted bugs caught ({caught / max(1, len(jobs)):.1%})")
     for mutation in missed:
-        print(f"missed: {mutation.file} [{mutation.why}]: {mutation.survives or 'UNEXPLAINED'}")
+        print(f"not caught: {mutation.file} [{mutation.why}]: {mutation.survives or 'UNEXPLAINED'}")
+    unexplained = [m for m in missed if not m.survives]
     return 1 if unexplained or caught < GOAL * len(jobs) else 0
 
 

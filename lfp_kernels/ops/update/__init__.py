@@ -12,7 +12,7 @@ from ...backends import register
 from . import native, reference
 
 
-def _optimizer_update(params, feedback, states, codes, hyper) -> None:
+def _optimizer_update(params, feedback, states, codes, hyper, scale) -> None:
     return None
 
 
@@ -29,7 +29,7 @@ def _triton() -> ModuleType:
 
 define(
     "optimizer_update(Tensor(a!)[] params, Tensor[] feedback, Tensor(b!)[] states, int[] codes, "
-    "float[] hyper) -> ()",
+    "float[] hyper, Tensor? scale) -> ()",
     _optimizer_update,
 )
 define("global_norm(Tensor[] tensors) -> Tensor", _global_norm)

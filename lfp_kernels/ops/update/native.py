@@ -14,7 +14,9 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     return _ops.global_norm.default(tensors)
 
 
-def update(params: list[Tensor], feedback: list[Tensor], updates: list[Update]) -> None:
+def update(
+    params: list[Tensor], feedback: list[Tensor], updates: list[Update], scale: Tensor | None
+) -> None:
     states: list[Tensor] = []
     codes: list[int] = []
     hyper: list[float] = []
@@ -22,4 +24,4 @@ def update(params: list[Tensor], feedback: list[Tensor], updates: list[Update]) 
         states += step.states
         codes.append(step.code)
         hyper += step.hyper
-    _ops.optimizer_update.default(params, feedback, states, codes, hyper)
+    _ops.optimizer_update.default(params, feedback, states, codes, hyper, scale)

@@ -10,12 +10,17 @@ from ...rules import accumulate_dtype
 
 
 @torch.no_grad()
-def apply_update(param: Tensor, feedback: Tensor, update: Update) -> None:
-    """One in-place optimizer step of ``param`` [any shape] along ``feedback`` [same shape]."""
+def apply_update(
+    param: Tensor, feedback: Tensor, update: Update, factor: Tensor | None = None
+) -> None:
+    """One in-place optimizer step of ``param`` [any shape] along ``feedback`` [same shape], times
+    ``factor`` (0-dim) where there is one."""
     lr, decay, scale, momentum, nesterov, _, beta2, eps, c1, c2, rest1, rest2 = update.hyper
     acc = accumulate_dtype(param.dtype)
     w = param.to(acc)
     ascent = feedback.to(acc) * scale
+    if factor is not None:
+        ascent = ascent * factor.to(acc)
     if update.code == SGD_PLAIN:
         w = w - lr * (decay * w - ascent)
     elif update.code == SGD_MOMENTUM:
@@ -42,6 +47,8 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     return torch.stack(squares).sum().sqrt().to(torch.float64 if wide else torch.float32)
 
 
-def update(params: list[Tensor], feedback: list[Tensor], updates: list[Update]) -> None:
+def update(
+    params: list[Tensor], feedback: list[Tensor], updates: list[Update], scale: Tensor | None
+) -> None:
     for param, fb, step in zip(params, feedback, updates):
-        apply_update(param, fb, step)
+        apply_update(param, fb, step, scale)

@@ -15,7 +15,11 @@ _CHUNK = 8192  # fixed, so that the norm does not depend on the device
 _TILE = 2048  # elements in flight per program
 
 
-def update(params: list[Tensor], feedback: list[Tensor], updates: list[Update]) -> None:
+def update(
+    params: list[Tensor], feedback: list[Tensor], updates: list[Update], scale: Tensor | None
+) -> None:
+    if scale is not None:  # one more pass, without asking the device for the value
+        feedback = [fb * scale.to(fb.dtype) for fb in feedback]
     for param, fb, step in zip(params, feedback, updates):
         # The gradient rule's weight epilogue is the identity: the feedback comes finished.
         finish(fb.contiguous(), param, Gradient.code, step, None)
