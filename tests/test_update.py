@@ -87,7 +87,7 @@ def test_same_bits_twice_for_any_number_of_threads(spec):
         assert all(torch.equal(a, b) for a, b in zip(params, results[0]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @each_spec

@@ -60,6 +60,8 @@ def test_sums_split_over_blocks(dtype) -> None:
     check_all(run("native", *args), run("reference", *args), oracle(*args))
     args = case((3,), 20, 700, dtype)  # input reward: 3 x 20 sums over 700
     check_all(run("native", *args), run("reference", *args), oracle(*args))
+    odd = case((300,), 23, 21, dtype)  # rows that end inside a pack
+    check_all(run("native", *odd), run("reference", *odd), oracle(*odd))
     again = run("native", *args)
     for a, b in zip(run("native", *args), again):
         assert torch.equal(a, b), "not the same bits twice"
@@ -92,3 +94,52 @@ def test_chained_and_masked(n, signal_in) -> None:
             assert (a is not None) == wanted
             if wanted:
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3)
+
+
+def shifted(t: torch.Tensor) -> torch.Tensor:
+    """A dense copy that starts one element behind what 16-byte accesses need."""
+    store = torch.empty(t.numel() + 1, dtype=t.dtype)
+    return store[1:].view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [6, 140])
+def test_unaligned_tensors(n, dtype) -> None:
+    """Each tensor in turn lies where wide accesses are not allowed; the bits stay the same."""
+    args = case((n,), 72, 64, dtype)
+    want = run("native", *args)
+    for k in range(len(args)):
+        moved = [shifted(t) if k == i else t for i, t in enumerate(args)]
+        for a, b in zip(run("native", *moved), want):
+            assert torch.equal(a, b), f"argument {k}"
+    x, weight, bias, z, reward = args
+    results = []
+    for move in range(4):  # nothing, the weight, either of its states
+        w, b = shifted(weight) if move == 1 else weight.clone(), bias.clone()
+        _, to_w, to_b = updates(SPECS[-1], w, b)
+        states = [shifted(s) if move == k + 2 else s for k, s in enumerate(to_w.states)]
+        to_w = to_w._replace(states=states)
+        with use_backend("native"):
+            F.linear_redistribute_update(x, w, b, z, reward, to_w, to_b)
+        results.append((w, b, *to_w.states))
+    for other in results[1:]:
+        for a, b in zip(other, results[0]):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 40, 33), (130, 72, 68)], ids=str)
+def test_forward_and_gradient(shape, dtype) -> None:
+    """The other epilogues: z with its bias, ReLU (a NaN stays one), and the identity rule."""
+    x, weight, bias, z, reward = case((shape[0],), *shape[1:], dtype)
+    truth = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    with use_backend("native"):
+        assert_within_budget(F.linear(x, weight, bias), z, truth)
+        assert_within_budget(F.linear(x, weight, bias, relu=True), z.relu(), truth.relu())
+        x[1] = float("nan")
+        assert F.linear(x, weight, bias, relu=True)[1].isnan().all()
+    args = case((shape[0],), *shape[1:], dtype, seed=2)
+    truth = run("reference", *(t.double() for t in args), rules.Gradient())
+    check_all(
+        run("native", *args, rules.Gradient()), run("reference", *args, rules.Gradient()), truth
+    )

@@ -28,6 +28,9 @@ GOAL = 0.95
 # Files whose `case ScalarType::X: return ...` lines choose what is compiled.
 DISPATCHERS = ("csrc/common.h", "csrc/cuda/product_types.cuh")
 CASE = re.compile(r"^ *case ScalarType::(\w+): return.*\n", re.MULTILINE)
+FLOAT = re.compile(
+    r"^ *case ScalarType::Float:\n(.*\n)*? *return f\(float\{\}, float\{\}\);\n", re.M
+)
 PRODUCT = re.compile(r"^ *if \(product == ScalarType::\w+\) return.*\n", re.MULTILINE)
 
 
@@ -77,7 +80,8 @@ def fewer_types(tree: Path, group: Group) -> Iterator[None]:
     texts = [file.read_text() for file in files]
     for file, text in zip(files, texts):
         kept = CASE.sub(lambda m: m[0] if m[1] in group.dtypes.split() else "", text)
-        file.write_text(PRODUCT.sub("", kept))
+        kept = PRODUCT.sub("", kept) if "Float" in group.dtypes.split() else FLOAT.sub("", kept)
+        file.write_text(kept)
     try:
         yield
     finally:
