@@ -39,10 +39,13 @@ std::tuple<Tensor, Tensor> sum_redistribute(Tensor a, Tensor b, Tensor reward, i
     using T = decltype(element);
     using A = Acc<T>;
     dispatch_rule<A>(rule, "sum_redistribute", [&](auto functor) {
-      const SumRedistribute<T, decltype(functor)> f{
-          data<T>(a),     data<T>(b),      data<T>(reward),
-          data<T>(first), data<T>(second), rule_params<A>(params),
-          (chain & kSignalIn) != 0};
+      const SumRedistribute<T, decltype(functor)> f{data<T>(a),
+                                                    data<T>(b),
+                                                    data<T>(reward),
+                                                    data<T>(first),
+                                                    data<T>(second),
+                                                    rule_params<A>(params),
+                                                    (chain & kSignalIn) != 0};
       elementwise_wide<T>(reward.numel(), device.stream, f, f.a, f.b, f.reward, f.reward_a,
                           f.reward_b);
     });

@@ -202,6 +202,8 @@ def finish_weight(
         if OPTIMIZER == ADAM:
             b = load(b_ptr + offset, mask)
         w, a, b = optimizer_step(feedback, w, a, b, hyper, OPTIMIZER)
+        # Tiles smaller than the program are held by several threads: all read before one writes.
+        tl.debug_barrier()
         store(w_ptr + offset, w, mask)
         if OPTIMIZER != PLAIN:
             store(a_ptr + offset, a, mask)

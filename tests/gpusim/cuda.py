@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import cache as store
@@ -42,7 +44,8 @@ def build(
     torch: compile against the stable ABI of the installed torch and link to it.
     """
     flags = [*flags, *(_torch_compile_flags() if torch else ())]
-    objects = [_compile(Path(source), arch, flags) for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _compile(Path(source), arch, flags), sources))
     objects += _standin_objects()
     # -Bsymbolic: two libraries with kernels of one name must not take each other's host stubs.
     link = ["-Wl,-Bsymbolic", *(_torch_link_flags() if torch else [])]

@@ -18,10 +18,12 @@ from .._triton import (
     blocks,
     finish,
     launch,
+    power_of_2,
     prologue_code,
     states_of,
 )
 from .._triton_product import (
+    Tiles,
     feedback_mode,
     finish_forward,
     finish_input,
@@ -51,6 +53,11 @@ def _long(*tensors: Tensor) -> bool:
     return False
 
 
+def _with_warps(tile: Tiles, places: int) -> Tiles:
+    """With warps enough that no thread holds more than eight of the places that the tile reads."""
+    return tile._replace(warps=max(tile.warps, power_of_2(blocks(places, 8 * 32), 1, 8)))
+
+
 def _product(
     src: Tensor, z: Tensor, weight: Tensor, out: Tensor, extra: Tensor, geometry: ConvGeometry,
     scatter: bool, mode: str, last: bool, eps: float, below: float, meta: dict,
@@ -68,6 +75,7 @@ def _product(
     thin = inputs <= 4 and outputs <= 4  # depthwise: a tensor core would multiply zeros
     flat = inputs < 16 or thin or mode == "fp64"
     tile = tiles(rows, outputs, inputs * taps if flat else inputs, mode, groups, thin, heavy=True)
+    tile = _with_warps(tile, tile.m * tile.k)
     steps = blocks(inputs * taps, tile.k) if flat else blocks(inputs, tile.k) * taps
     target = out
     if tile.splits > 1:
@@ -165,6 +173,7 @@ def _weight_product(
         small, large, signal = x, reward, "large"
     positions = small.shape[0] * small.shape[2:].numel()
     tile = tiles(outputs, inputs * taps, positions, mode, groups, heavy=True)
+    tile = _with_warps(tile, (tile.m + tile.n) * tile.k)
     acc, parts = accumulate_dtype(x.dtype), tile.splits
     sums = weight.new_empty((parts, groups * outputs), dtype=acc) if bias else None
     target, code, hyper = weight if out is None else out, FEEDBACK.value, NO_HYPER
