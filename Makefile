@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
 
-.PHONY: demo test test-slow test-gpusim bench lint format clean
+.PHONY: demo test test-slow test-gpusim test-gpusim-fast test-mutations gpu bench lint format clean
 
 $(STAMP): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,13 +28,45 @@ test-slow: lfp_kernels/_C_cpu.so
 
 # The executor of GPU code on the CPU: its own environment, with Triton and the CUDA compiler.
 GPUSIM := .venv-gpusim
+SIMULATED := GPUSIM_REQUIRE_CUDA=1 $(GPUSIM)/bin/python -m pytest -q
+OPS := $(addprefix tests/test_, activation.py sum_dropout.py update.py optim.py rewards.py \
+	batch_norm.py batch_norm_contract.py pool.py max_pool.py linear.py linear_update.py one_pass.py \
+	conv.py conv_contract.py golden.py)
 $(GPUSIM)/.installed: requirements-gpusim.txt
 	$(PYTHON) -m venv $(GPUSIM)
 	$(GPUSIM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-gpusim.txt
 	touch $@
 
+# What CI runs: the executor itself, and every op of both backends at its tile limits.
+test-gpusim-fast: $(GPUSIM)/.installed
+	$(SIMULATED) tests/gpusim
+	$(SIMULATED) --simulate cuda tests/gpusim_ops/test_linear_tiles.py tests/gpusim_ops/test_training.py \
+		tests/gpusim_ops/test_cuda_memory_bound.py
+	$(SIMULATED) --simulate triton tests/gpusim_ops/test_linear_tiles.py tests/gpusim_ops/test_training.py
+
+# All of it: every op test on both backends, sm_90a, traffic, what the compilers say.
 test-gpusim: $(GPUSIM)/.installed
-	GPUSIM_REQUIRE_CUDA=1 $(GPUSIM)/bin/python -m pytest -q tests/gpusim
+	$(SIMULATED) tests/gpusim
+	$(SIMULATED) --simulate cuda tests/gpusim_ops $(OPS)
+	$(SIMULATED) --simulate cuda --capability 90 --processors 4 tests/gpusim_ops/test_cuda_hopper.py
+	$(SIMULATED) --simulate triton tests/gpusim_ops $(OPS)
+
+# Plants bugs in the kernels and expects the tests to see them; an hour and more.
+test-mutations: $(GPUSIM)/.installed
+	$(GPUSIM)/bin/python -m tests.mutation cuda
+	$(GPUSIM)/bin/python -m tests.mutation triton
+
+# For a machine with a GPU: build, the op tests on the device, the sanitizer, the benchmarks.
+gpu: $(STAMP)
+	LFP_KERNELS_BUILD=cuda $(RUN) -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --no-deps -e .
+	$(RUN) -m lfp_kernels backends --device cuda
+	$(RUN) -m pytest -q --device cuda $(OPS)
+	if command -v compute-sanitizer > /dev/null; then \
+		compute-sanitizer --error-exitcode 1 $(RUN) -m pytest -q --device cuda tests/test_linear.py; \
+	else echo "compute-sanitizer is not on PATH: memory was not checked"; fi
+	$(RUN) -m bench run --device cuda --out runs/gpu
+	$(RUN) -m bench plot runs/gpu/results.csv
 
 bench: lfp_kernels/_C_cpu.so
 	$(RUN) -m bench run --out runs/bench
@@ -43,12 +75,12 @@ lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 format: $(STAMP)
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 clean:
 	rm -rf build dist *.egg-info lfp_kernels/*.so lfp_kernels/_build_info.json
