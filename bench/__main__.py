@@ -1,4 +1,4 @@
-"""Command line: ``python -m bench run | compare | plot`` (each with --help)."""
+"""Command line: ``python -m bench run | compare | plot | gpu-model`` (each with --help)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from . import compare as comparison
 from . import environment, floor, memory, ops, plot, report, specs, steps, timing
+from .gpu_model import command as gpu_model
 from .report import Row
 
 
@@ -50,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     pictures.set_defaults(command=_plot)
     pictures.add_argument("results", type=Path)
     pictures.add_argument("--out", type=Path, help="folder (that of the results)")
+    modelled = commands.add_parser("gpu-model", help="bytes, FLOPs, occupancy of the CUDA kernels")
+    gpu_model.add_arguments(modelled)
     return parser
 
 
