@@ -42,12 +42,14 @@ test-gpusim-fast: $(GPUSIM)/.installed
 	$(SIMULATED) tests/gpusim
 	$(SIMULATED) --simulate cuda tests/gpusim_ops/test_linear_tiles.py tests/gpusim_ops/test_training.py \
 		tests/gpusim_ops/test_cuda_memory_bound.py
+	$(SIMULATED) --simulate cuda --processors 1 tests/gpusim_ops/test_linear_tiles.py
 	$(SIMULATED) --simulate triton tests/gpusim_ops/test_linear_tiles.py tests/gpusim_ops/test_training.py
 
 # All of it: every op test on both backends, sm_90a, traffic, what the compilers say.
 test-gpusim: $(GPUSIM)/.installed
 	$(SIMULATED) tests/gpusim
 	$(SIMULATED) --simulate cuda tests/gpusim_ops $(OPS)
+	$(SIMULATED) --simulate cuda --processors 1 tests/gpusim_ops/test_linear_tiles.py
 	$(SIMULATED) --simulate cuda --capability 90 --processors 4 tests/gpusim_ops/test_cuda_hopper.py
 	$(SIMULATED) --simulate triton tests/gpusim_ops $(OPS)
 

@@ -232,7 +232,7 @@ class Layer:
         element, largest = self.x.element_size(), ONE_PASS_BATCH[self.unit]
         kind = type_name(element, self.unit)
         strips, tiles = ceil_div(inner, 64), ceil_div(out, 64)
-        wanted = ceil_div(2 * self.gpu.processors, strips)
+        wanted = ceil_div((1 if largest > 64 else 2) * self.gpu.processors, strips)
         rows = ceil_div(tiles, min(max(wanted, 1), tiles)) * 64
         ranges = ceil_div(out, rows)
         main = Launch(

@@ -90,7 +90,7 @@ bool redistribute_one_pass(const Layer& layer, const RuleCall<Acc<T>>& rule, Ten
   }
   const int64_t strips = ceil_div<int64_t>(in, Kernel::kCols);
   const int64_t tiles = ceil_div<int64_t>(out, Kernel::kRows);
-  const int64_t wanted = ceil_div<int64_t>(2 * device.processors(), strips);
+  const int64_t wanted = ceil_div<int64_t>(Kernel::kPerProcessor * device.processors(), strips);
   p.rows_per_range = ceil_div(tiles, std::clamp<int64_t>(wanted, 1, tiles)) * Kernel::kRows;
   const int64_t ranges = ceil_div(out, p.rows_per_range);
   Tensor partial;

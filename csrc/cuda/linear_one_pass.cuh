@@ -61,6 +61,8 @@ struct OnePassKernel {
   using Weight = typename Shape::Weight;
   using A = Acc<T>;
   static constexpr int kBatch = Shape::kBatch, kRows = 64, kCols = 64, kThreads = 256;
+  // Blocks that a processor holds: more ranges of rows than that only add partial sums.
+  static constexpr int kPerProcessor = kBatch > 64 ? 1 : 2;
   static constexpr int V = kWide<T>;
   static_assert(Input::kThreads == kThreads && Weight::kThreads == kThreads);
 

@@ -146,6 +146,8 @@ class Plan:
         return free
 
     def forward(self, run: S.Run, x: Tensor) -> Tensor:
+        norms = [s.module for s in self.stages if isinstance(s, S.BatchNorm) and s.moves()]
+        run.copy_statistics(list(dict.fromkeys(norms)))
         values = run.values
         values[self.source] = x
         for stage, free in zip(self.stages, self.free_forward):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import calls
@@ -17,13 +18,27 @@ from .updates import Updates
 class Run:
     """What one step holds: values by slot, what stages put aside, and the parameters' updates."""
 
-    __slots__ = ("aside", "commits", "updates", "values")
+    __slots__ = ("aside", "statistics", "updates", "values")
 
     def __init__(self, slots: int, stages: int, updates: Updates) -> None:
         self.values: list[Any] = [None] * slots
         self.aside: list[Any] = [None] * stages
-        self.commits: list[Callable[[], None]] = []
+        self.statistics: dict[Any, tuple[Tensor, Tensor]] = {}  # of batch norms, as they will be
         self.updates = updates
+
+    def copy_statistics(self, modules: list[Any]) -> None:
+        """Running statistics move in copies until the whole step is known to be good."""
+        if modules:
+            old = [t for m in modules for t in (m.running_mean, m.running_var)]
+            new = torch._foreach_add(old, 0.0)  # one launch for all copies
+            self.statistics = dict(zip(modules, zip(new[::2], new[1::2])))
+
+    def commit_statistics(self) -> None:
+        modules = list(self.statistics)
+        if modules:
+            old = [t for m in modules for t in (m.running_mean, m.running_var)]
+            torch._foreach_copy_(old, [t for pair in self.statistics.values() for t in pair])
+            torch._foreach_add_([m.num_batches_tracked for m in modules], 1)
 
 
 class Stage:
@@ -183,27 +198,24 @@ class BatchNorm(Stage):
     def keeps(self) -> set[int]:
         return {*self.inputs} if self.signal_in else {*self.inputs, self.output}
 
+    def moves(self) -> bool:
+        """Whether a step changes the running statistics."""
+        return self.module.training and self.module.running_mean is not None
+
     def forward(self, run: Run) -> Tensor:
         m = self.module
         training = m.training or m.running_mean is None
         mean, var, momentum = m.running_mean, m.running_var, m.momentum
         if training and mean is not None:
-            # The statistics move when the whole step is known to be good, not before.
-            mean, var = mean.clone(), var.clone()
+            mean, var = run.statistics[m]
             if momentum is None:
                 momentum = 1.0 / (int(m.num_batches_tracked) + 1)
-            run.commits.append(lambda: self._commit(mean, var))
         z, *statistics = F.batch_norm(
             run.values[self.inputs[0]], m.weight, m.bias, mean, var, training,
             0.0 if momentum is None else momentum, m.eps, relu=self.relu,
         )  # fmt: skip
         run.aside[self.index] = (*statistics, training)
         return z
-
-    def _commit(self, mean: Tensor, var: Tensor) -> None:
-        self.module.running_mean.copy_(mean)
-        self.module.running_var.copy_(var)
-        self.module.num_batches_tracked.add_(1)
 
     def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
         m = self.module

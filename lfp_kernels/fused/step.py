@@ -94,8 +94,7 @@ class FusedStep:
                 f"got {tuple(reward.shape)}"
             )
         check_finite("fuse", reward)
-        for commit in run.commits:
-            commit()
+        run.commit_statistics()
         plan.redistribute(run, reward)
         updates.finish()
         return StepResult(out, reward)

@@ -8,6 +8,7 @@ launches. The reference backend is the oracle.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -50,6 +51,8 @@ WINDOWS = {
     "slabs, tiling windows": ((1, 24, 40, 44), (2, 2, 0), True),
     "several planes in a block": ((64, 20, 3, 5), (2, 1, 0), False),
     "several planes, tiling windows": ((96, 16, 4, 4), (2, 2, 0), False),
+    "several planes, last block short": ((65, 19, 3, 5), (2, 1, 0), False),
+    "more places than 16 bits": ((1, 1, 300, 260), (5, 4, 0), False),
     "one long axis": ((1, 2, 20001), (5, 3, 2), False),
     "volumes in parts": ((1, 1, 20, 40, 40), (3, 2, 1), False),
     "volumes, channels last": ((1, 9, 12, 20, 20), (2, 2, 0), True),
@@ -170,3 +173,65 @@ def test_norm_of_many_tensors():
     tensors += [values((20000,), torch.float64)[1:], values((9000,), torch.bfloat16)[3:]]
     got, want = both(lambda: F.global_norm(tensors))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+def shifted(t: Tensor) -> Tensor:
+    """A dense copy that starts one element behind what 16-byte accesses need."""
+    return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
+
+
+def assert_same_bits_wherever_they_lie(call, *tensors) -> None:
+    """Each tensor in turn lies where wide accesses are not allowed."""
+    want = call(*tensors)
+    for k, moved in enumerate(tensors):
+        for got, same in zip(call(*tensors[:k], shifted(moved), *tensors[k + 1 :]), want):
+            assert torch.equal(got, same), f"argument {k}"
+
+
+@each_dtype
+def test_unaligned_elementwise(dtype):
+    a, b, r = (values((33, 70), dtype, seed=k) for k in range(3))
+    assert_same_bits_wherever_they_lie(F.sum_redistribute, a, b, r)
+    assert_same_bits_wherever_they_lie(lambda x: [F.step(x)], a)
+    drop = F.dropout_redistribute
+    assert_same_bits_wherever_they_lie(lambda r, m: [drop(r, m, 0.5)], r, a > 0)
+
+
+@each_dtype
+def test_unaligned_pools(dtype):
+    x = values((2, 3, 16, 24), dtype)
+    for window in ((2, 2, 0), (3, 2, 1)):
+        pool = partial(F.max_pool, kernel_size=window[0], stride=window[1], padding=window[2])
+        assert_same_bits_wherever_they_lie(pool, x)
+        out, winners = pool(x)
+        give = partial(F.max_pool_redistribute, input_shape=x.shape)
+        assert_same_bits_wherever_they_lie(lambda *args, give=give: [give(*args)], out, winners)
+        fed = partial(F.avg_pool_redistribute, **pool.keywords)
+        assert_same_bits_wherever_they_lie(lambda *args, fed=fed: [fed(*args)], x, out + 9, out)
+
+
+# inner a multiple of a pack and a part of a plane not; several blocks of a channel; rows of columns
+NORMS = [(2, 2, 8194), (1, 2, 4, 4097), (3, 5, 41, 40), (1300, 3), (700, 70), (90, 9, 5, 5)]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", NORMS, ids=str)
+def test_batch_norm_edges(shape, training):
+    x = values(shape) + 1
+    weight, bias = values(shape[1:2], seed=1), values(shape[1:2], seed=2)
+    mean, var = values(shape[1:2], seed=3), values(shape[1:2], seed=4).abs() + 0.5
+    r, z = values(shape, seed=5), values(shape, seed=6)
+    z += z.sign()  # 1/eps at a zero would drown everything else
+
+    def call(kind):
+        stats = [t.to(kind, copy=True) for t in (mean, var)]
+        args = [t.to(kind) for t in (x, weight, bias)]
+        out, m, i = F.batch_norm(*args, *stats, training, 0.1, 1e-5)
+        fed = F.batch_norm_redistribute(*args, z.to(kind), r.to(kind), m, i, training)
+        return out, *stats, *fed
+
+    got, same = both(lambda: call(torch.float32))
+    with use_backend("reference"):
+        truth = call(torch.float64)
+    for a, b, c in zip(got, same, truth):
+        assert_within_budget(a, b, c)

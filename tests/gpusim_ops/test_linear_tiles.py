@@ -105,13 +105,12 @@ def shifted(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [6, 140])
 def test_unaligned_tensors(n, dtype) -> None:
-    """Each tensor in turn lies where wide accesses are not allowed; the bits stay the same."""
+    """Each tensor in turn lies where wide accesses are not allowed."""
     args = case((n,), 72, 64, dtype)
-    want = run("native", *args)
+    same, truth = run("reference", *args), oracle(*args)
     for k in range(len(args)):
         moved = [shifted(t) if k == i else t for i, t in enumerate(args)]
-        for a, b in zip(run("native", *moved), want):
-            assert torch.equal(a, b), f"argument {k}"
+        check_all(run("native", *moved), same, truth)
     x, weight, bias, z, reward = args
     results = []
     for move in range(4):  # nothing, the weight, either of its states
@@ -124,17 +123,19 @@ def test_unaligned_tensors(n, dtype) -> None:
         results.append((w, b, *to_w.states))
     for other in results[1:]:
         for a, b in zip(other, results[0]):
-            assert torch.equal(a, b)
+            scale = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(a, b, rtol=scale, atol=scale * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(5, 40, 33), (130, 72, 68)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 40, 33), (130, 72, 68), (4, 700, 20)], ids=str)
 def test_forward_and_gradient(shape, dtype) -> None:
     """The other epilogues: z with its bias, ReLU (a NaN stays one), and the identity rule."""
-    x, weight, bias, z, reward = case((shape[0],), *shape[1:], dtype)
+    x, weight, bias, z, _ = case((shape[0],), *shape[1:], dtype)
     truth = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     with use_backend("native"):
         assert_within_budget(F.linear(x, weight, bias), z, truth)
+        assert_within_budget(F.linear(x, weight.t().contiguous().t(), bias), z, truth)
         assert_within_budget(F.linear(x, weight, bias, relu=True), z.relu(), truth.relu())
         x[1] = float("nan")
         assert F.linear(x, weight, bias, relu=True)[1].isnan().all()

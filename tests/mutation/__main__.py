@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -43,7 +45,7 @@ def copy_tree(to: Path) -> Path:
     shutil.rmtree(to, ignore_errors=True)
     for name in COPIED:
         source = ROOT / name
-        ignore = shutil.ignore_patterns("*.so", "__pycache__", "golden")
+        ignore = shutil.ignore_patterns("__pycache__")
         if source.is_dir():
             shutil.copytree(source, to / name, ignore=ignore)
         else:
@@ -110,11 +112,31 @@ def check_texts(jobs: list[tuple[Group, Mutation]]) -> None:
             raise SystemExit(f"{mutation.file}: {count} times, not once:\n{mutation.before}")
 
 
+def key(mutation: Mutation) -> tuple[str, str, str]:
+    return mutation.file, mutation.before, mutation.after
+
+
+def first_of_each_file(
+    jobs: list[tuple[Group, Mutation]], count: int
+) -> list[tuple[Group, Mutation]]:
+    seen: Counter[str] = Counter()
+    kept = []
+    for job in jobs:
+        seen[job[1].file] += 1
+        if seen[job[1].file] <= count:
+            kept.append(job)
+    return kept
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
     parser.add_argument("backend", choices=("cuda", "triton"))
     parser.add_argument("-k", dest="only", default="", help="only files whose path has this text")
     parser.add_argument("--why", default="", help="only bugs whose kind has this text")
+    parser.add_argument("--first", type=int, default=0, help="only so many bugs of each file")
+    parser.add_argument(
+        "--results", type=Path, help="file to append to; what it says was caught is not run again"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
         "--no-baseline", action="store_true", help="trust that the tests pass without a bug"
@@ -126,6 +148,16 @@ def main() -> int:
         if options.only in m.file and options.why in m.why
     ]  # fmt: skip
     check_texts(jobs)
+    if options.first:
+        jobs = first_of_each_file(jobs, options.first)
+    words: dict[str, Counter[str]] = {}
+    if options.results and options.results.exists():
+        known = [json.loads(line) for line in options.results.read_text().splitlines()]
+        done = {(entry["file"], entry["before"], entry["after"]) for entry in known}
+        for _, mutation in jobs:
+            if key(mutation) in done:
+                words.setdefault(mutation.file, Counter())["caught"] += 1
+        jobs = [job for job in jobs if key(job[1]) not in done]
     trees: SimpleQueue[Path] = SimpleQueue()
     folder = Path(tempfile.gettempdir()) / f"lfp_mutation_{options.backend}"
     for k in range(options.workers):
@@ -152,7 +184,6 @@ def main() -> int:
             trees.put(tree)
         return job[1], word, said, time.monotonic() - start
 
-    words: dict[str, Counter[str]] = {}
     missed: list[Mutation] = []
     with ThreadPoolExecutor(options.workers) as pool:
         for group in dict.fromkeys(g for g, _ in jobs):
@@ -164,15 +195,21 @@ def main() -> int:
                 words.setdefault(mutation.file, Counter())[word] += 1
                 if word != "caught":
                     missed.append(mutation)
+                elif options.results:
+                    with options.results.open("a") as file:
+                        print(json.dumps(asdict(mutation)), file=file)
     shutil.rmtree(folder, ignore_errors=True)
     for file, counts in words.items():
         print(f"{file}: {counts['caught']} of {counts.total()}")
-    caught = sum(counts["caught"] for counts in words.values())
-    print(f"{caught} of {len(jobs)} planted bugs caught ({caught / max(1, len(jobs)):.1%})")
+    caught, total = (
+        sum(counts["caught"] for counts in words.values()),
+        sum(counts.total() for counts in words.values()),
+    )
+    print(f"{caught} of {total} planted bugs caught ({caught / max(1, total):.1%})")
     for mutation in missed:
         print(f"not caught: {mutation.file} [{mutation.why}]: {mutation.survives or 'UNEXPLAINED'}")
     unexplained = [m for m in missed if not m.survives]
-    return 1 if unexplained or caught < GOAL * len(jobs) else 0
+    return 1 if unexplained or caught < GOAL * total else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
-from . import Group, cuda_bugs_linear
+from . import Group, cuda_bugs_conv, cuda_bugs_linear, cuda_bugs_memory, cuda_bugs_pool
 
-GROUPS: tuple[Group, ...] = (*cuda_bugs_linear.GROUPS,)
+GROUPS: tuple[Group, ...] = (
+    *cuda_bugs_linear.GROUPS,
+    *cuda_bugs_memory.GROUPS,
+    *cuda_bugs_pool.GROUPS,
+    *cuda_bugs_conv.GROUPS,
+)
