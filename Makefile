@@ -37,13 +37,15 @@ $(GPUSIM)/.installed: requirements-gpusim.txt
 	$(GPUSIM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-gpusim.txt
 	touch $@
 
-# What CI runs: the executor itself, and every op of both backends at its tile limits.
+# What CI runs: the executor itself; linear at its tile limits, one tile and several per block; and
+# whole training steps (convolution, batch norm, pools, rewards, optimizers) on both backends.
 test-gpusim-fast: $(GPUSIM)/.installed
 	$(SIMULATED) tests/gpusim
-	$(SIMULATED) --simulate cuda tests/gpusim_ops/test_linear_tiles.py tests/gpusim_ops/test_training.py \
-		tests/gpusim_ops/test_cuda_memory_bound.py
-	$(SIMULATED) --simulate cuda --processors 1 tests/gpusim_ops/test_linear_tiles.py
-	$(SIMULATED) --simulate triton tests/gpusim_ops/test_linear_tiles.py tests/gpusim_ops/test_training.py
+	LFP_SIM_SOURCES=linear.cu $(SIMULATED) --simulate cuda tests/gpusim_ops/test_linear_tiles.py -k float32
+	LFP_SIM_SOURCES=linear.cu $(SIMULATED) --simulate cuda --processors 1 \
+		tests/gpusim_ops/test_linear_tiles.py -k "bfloat16 and redistribute"
+	$(SIMULATED) --simulate cuda tests/gpusim_ops/test_training.py -k matches
+	$(SIMULATED) --simulate triton tests/gpusim_ops/test_training.py -k "matches and momentum"
 
 # All of it: every op test on both backends, sm_90a, traffic, what the compilers say.
 test-gpusim: $(GPUSIM)/.installed

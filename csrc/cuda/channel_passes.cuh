@@ -64,26 +64,6 @@ struct Cut {
   int64_t partials() const { return parts() * channels; }
 };
 
-// V neighbouring elements in one instruction. The compiler takes a struct of V values apart and
-// does not always put it together again, which here cost four times the stores: so it is spelled
-// out.
-template <int V, class T>
-__device__ __forceinline__ void store_whole(T* p, int64_t i, const Acc<T> (&v)[V]) {
-  if constexpr (V * sizeof(T) == 16) {
-    union {
-      Pack<T, V> pack;
-      uint32_t word[4];
-    } bits = {};
-#pragma unroll
-    for (int k = 0; k < V; ++k) bits.pack.value[k] = static_cast<T>(v[k]);
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p + i)),
-                 "r"(bits.word[0]), "r"(bits.word[1]), "r"(bits.word[2]), "r"(bits.word[3])
-                 : "memory");
-  } else {
-    store<V>(p, i, v);
-  }
-}
-
 // What a pass is to do: sum where `partial` is given, write where `write` is set.
 struct Pass {
   Pair* partial;
@@ -128,7 +108,7 @@ __global__ void __launch_bounds__(kPassThreads, 2)
       typename Body::Value v[V];
 #pragma unroll
       for (int k = 0; k < V; ++k) v[k] = body.value(channel, elements[u * V + k]);
-      store_whole<V>(body.out, at[u], v);
+      store<V>(body.out, at[u], v);
     }
   };
   constexpr int kPacks = Body::template kPacks<V>;
@@ -182,7 +162,7 @@ __global__ void __launch_bounds__(kPassThreads, 2)
       typename Body::Value v[V];
 #pragma unroll
       for (int k = 0; k < V; ++k) v[k] = body.value(channels[k], elements[u][k]);
-      store_whole<V>(body.out, (row + u * high) * cut.width + column, v);
+      store<V>(body.out, (row + u * high) * cut.width + column, v);
     }
     row += U * high;
   };

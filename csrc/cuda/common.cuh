@@ -106,12 +106,22 @@ __device__ __forceinline__ void load(const T* p, int64_t i, Acc<T> (&out)[V]) {
   for (int k = 0; k < V; ++k) out[k] = static_cast<Acc<T>>(pack.value[k]);
 }
 
+// To global memory. The compiler takes a struct of V values apart and does not always put it
+// together again, which costs as many stores as it has values: 16 bytes are spelled out.
 template <int V, class T>
 __device__ __forceinline__ void store(T* p, int64_t i, const Acc<T> (&v)[V]) {
-  Pack<T, V> pack;
+  union {
+    Pack<T, V> pack;
+    uint32_t word[4];
+  } bits = {};
 #pragma unroll
-  for (int k = 0; k < V; ++k) pack.value[k] = static_cast<T>(v[k]);
-  *reinterpret_cast<Pack<T, V>*>(p + i) = pack;
+  for (int k = 0; k < V; ++k) bits.pack.value[k] = static_cast<T>(v[k]);
+  if constexpr (sizeof(bits.pack) == 16)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p + i)),
+                 "r"(bits.word[0]), "r"(bits.word[1]), "r"(bits.word[2]), "r"(bits.word[3])
+                 : "memory");
+  else
+    *reinterpret_cast<Pack<T, V>*>(p + i) = bits.pack;
 }
 
 // Whether all pointers, null ones aside, allow 16-byte accesses.

@@ -44,9 +44,10 @@ struct DirectSums {
   bool up, takes_rule;
 };
 
-// A thread makes V channels of one position of the phase blockIdx.y.
+// A thread makes V channels of one position of the phase blockIdx.y. The 64 registers of four
+// blocks do not hold two of float64 or eight of 16 bits.
 template <class T, class P, int V, bool kPixels>
-__global__ void __launch_bounds__(kDirectThreads, 4)
+__global__ void __launch_bounds__(kDirectThreads, V > 1 && sizeof(T) != 4 ? 3 : 4)
     direct_sums_kernel(int64_t items, DirectSums<T, kPixels> f) {
   using A = Acc<T>;
   const int64_t item = int64_t(blockIdx.x) * kDirectThreads + threadIdx.x;

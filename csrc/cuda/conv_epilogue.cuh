@@ -8,6 +8,11 @@
 
 namespace lfp::cuda {
 
+// Operands that look through windows keep places. With 32 of k on their way, the registers of three
+// blocks do not hold them.
+template <class Core>
+inline constexpr int kConvBlocks = std::min(Core::kBlocksPerProcessor, Core::kTileK > 16 ? 2 : 3);
+
 // V elements: neighbours from at[0] on that may be accessed together, or each at its own offset,
 // those at -1 left out.
 template <int V>
@@ -68,6 +73,8 @@ struct PixelEpilogue {
   using Element = T;
   static constexpr int kWidth = kWide<T>;
   static constexpr bool wants_row_sums = false, kTakesRuns = true;
+  template <class Core>
+  static constexpr int kBlocksPerProcessor = kConvBlocks<Core>;
   PositionSums<T> sums;
   Window window;
   Strides strides;
@@ -103,6 +110,8 @@ struct PlaneEpilogue {
   using Element = T;
   static constexpr int kWidth = kWide<T>;
   static constexpr bool wants_row_sums = false, kTakesRuns = true;
+  template <class Core>
+  static constexpr int kBlocksPerProcessor = kConvBlocks<Core>;
   PositionSums<T> sums;
   Window window;
   Strides strides;
@@ -143,6 +152,8 @@ struct KernelEpilogue {
   using Element = T;
   static constexpr int kWidth = kWide<T>;
   static constexpr bool kTakesRuns = true;
+  template <class Core>
+  static constexpr int kBlocksPerProcessor = kConvBlocks<Core>;
   ParameterUpdate<T> weight, bias;
   RuleCall<Acc<T>> rule;
   int rows, taps;          // small channels of one group

@@ -56,6 +56,9 @@ struct ElementSource {
   bool aligned() const { return aligned16(value, z); }
 };
 
+// What follows from an index is not computed before the loop, to live in registers during it.
+__device__ __forceinline__ void decode_anew(int64_t& index) { asm volatile("" : "+l"(index)); }
+
 // Channels last: rows are positions, columns (tap, channel).
 template <class T, bool kAlong>
 struct PixelOperand {
@@ -70,13 +73,14 @@ struct PixelOperand {
   __device__ __forceinline__ Raw fetch(int64_t row, int64_t col) const {
     Raw raw = source.outside();
     const Position q = window.positions(row);
+    // col may be the same for every k: a tap, and kWidth of them where packs are taken apart.
+    if constexpr (sizeof(T) == 4 && !kAlong) decode_anew(col);
     if (wide) {
       const int64_t offset = window.offset(q, window.tap_major(col));
       if (offset >= 0) source.read_wide(offset, raw);
       return raw;
     }
-    // Hides that col may be the same for every k: kWidth decoded taps would live in registers.
-    asm volatile("" : "+l"(col));
+    decode_anew(col);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const int64_t offset = window.offset(q, window.tap_major(col + j));
@@ -163,7 +167,8 @@ struct KernelRows : KernelOperand<T> {
 
   __device__ __forceinline__ Raw fetch(int64_t row, int64_t col) const {
     const Window& w = this->window;
-    if (!this->up) {  // the memory is this matrix
+    if constexpr (sizeof(T) == 8) decode_anew(row);  // two blocks have few registers for float64
+    if (!this->up) {                                 // the memory is this matrix
       const int64_t cols = int64_t(w.channels) * w.taps;
       return fetch_pack(this->p + w.group * this->targets * cols, this->targets, cols, row, col,
                         this->wide);

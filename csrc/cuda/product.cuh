@@ -10,6 +10,7 @@
 //   operator()<V>(m, n, A (&)[V]);  wants_row_sums, row_sum(m, sum_k A[m,k])
 // Several products of one shape may share a launch, such as the groups of a convolution. Operands
 // and epilogue then have select(part), and the epilogue may have depth(), the k of that part.
+// An epilogue with kBlocksPerProcessor<Core> overrules the core's.
 // An epilogue with kTakesRuns is handed every run whole and sees to the end of the row itself.
 // An epilogue with wants_sums == false takes row sums only, the same bits as with the sums.
 // A core (product_simt.cuh, product_mma.cuh) keeps the tiles in shared memory and multiplies them.
@@ -120,8 +121,17 @@ __device__ __forceinline__ void finish(const Problem<A>& p, const Epilogue& epil
   }
 }
 
+// How many blocks must fit a processor at once: each thread gets the registers that this leaves.
+template <class Core, class Epilogue>
+constexpr int blocks_per_processor() {
+  if constexpr (requires { Epilogue::template kBlocksPerProcessor<Core>; })
+    return Epilogue::template kBlocksPerProcessor<Core>;
+  else
+    return Core::kBlocksPerProcessor;
+}
+
 template <class Core, class OperandA, class OperandB, class Epilogue>
-__global__ void __launch_bounds__(Core::kThreads, Core::kBlocksPerProcessor)
+__global__ void __launch_bounds__(Core::kThreads, blocks_per_processor<Core, Epilogue>())
     product_kernel(Problem<typename Core::Accumulator> p, OperandA a, OperandB b,
                    Epilogue epilogue) {
   using A = typename Core::Accumulator;

@@ -36,12 +36,13 @@ BOUNDS = (
     (r"rows_kernelI.*Reward", 80),
     (r"(planes|rows|spread)_kernel", 128),  # 2 blocks of 256
     (r"(max_pool|give)_kernel", 85),
-    (r"direct_sums_kernelId", 85),
-    (r"direct_sums_kernel", 64),
+    (r"direct_sums_kernelIf", 64),
+    (r"direct_sums_kernel", 85),  # 3 blocks of 256
     (r"direct_kernel_sums_kernel", 128),
     (r"product_kernel.*SimtCoreI[fd]Li64E", 128),
-    (r"product_kernel.*BFloat16ELi64ELi64E.*KernelEpilogue", 255),  # 2 blocks of 128
-    (r"product_kernel.*MmaCoreI.*Li64ELi64E", 168),  # 3 blocks of 128
+    # 2 blocks of 128, of linear layers 3
+    (r"product_kernel.*BFloat16ELi64ELi64E.*(Pixel|Plane|Kernel)Epilogue", 255),
+    (r"product_kernel.*MmaCoreI.*Li64ELi64E", 168),
     (r"(product|one_pass|hopper)_kernel", 255),  # 1 block of 256
 )
 

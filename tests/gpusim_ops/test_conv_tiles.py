@@ -28,7 +28,7 @@ TILES: dict[str, tuple] = {
     "17-to-64-pointwise": ((1, 17, 5, 13), 64, (1, 1), {}),  # 65 positions
     "64-to-16": ((1, 64, 7, 9), 16, (3, 3), {"padding": 1}),  # 63 positions, a long sum
     "65-to-3": ((2, 65, 5, 8), 3, (2, 2), {}),
-    "130-to-17-1d": ((3, 130, 43), 17, (1,), {}),  # 129 positions
+    "130-to-17-1d": ((1, 130, 65), 17, (1,), {}),  # 65 positions
     "16-to-64-wide": ((2, 16, 8, 16), 64, (3, 3), {"padding": 1}),  # rows that are packs
     "17-to-20-long": ((5, 17, 11, 12), 20, (3, 3), {"padding": 1}),  # sums over 660 positions
     "stride-dilation": ((1, 17, 13, 17), 16, (3, 2), {"stride": 2, "dilation": 2, "padding": 1}),
