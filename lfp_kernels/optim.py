@@ -193,7 +193,9 @@ class BoundOptimizer(torch.optim.Optimizer):
                 "nothing was updated. Look for NaN or inf in the input, the reward or the weights, "
                 "or lower the learning rate"
             )
-        return 1.0 if clip is None else min(1.0, float(clip) / (norm + 1e-6))
+        if clip is None:
+            return 1.0
+        return float(clip_factor(torch.tensor(norm, dtype=torch.float64), clip))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]

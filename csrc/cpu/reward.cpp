@@ -4,7 +4,7 @@
 // A label outside [0, C) makes its row NaN: no memory is misread, whoever calls the operator.
 #include <limits>
 
-#include "../rewards.h"
+#include "../reward_dispatch.h"
 #include "loops.h"
 
 namespace lfp::cpu {
@@ -15,21 +15,6 @@ constexpr int64_t kColumnBlock = 1024;  // neurons whose spikes are counted at a
 
 template <class A>
 constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
-
-// f(Reward<A>{}) for the rewards that have a one-hot target.
-template <class A, class F>
-void dispatch_row_reward(int64_t kind, F&& f) {
-  switch (kind) {
-    case kSoftmax: return f(SoftmaxReward<A>{});
-    case kSigmoid: return f(SigmoidReward<A>{});
-    case kMaximize: return f(MaximizeReward<A>{});
-    case kMinimize: return f(MinimizeReward<A>{});
-    case kBoundedSoftmax: return f(BoundedSoftmaxReward<A>{});
-    case kCorrectClassification: return f(CorrectClassificationReward<A>{});
-    case kMisclassification: return f(MisclassificationReward<A>{});
-    default: LFP_CHECK(false, "reward", "unknown reward code ", kind);
-  }
-}
 
 // q[C] = softmax(o[C])
 template <class T>

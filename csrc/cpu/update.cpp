@@ -2,23 +2,18 @@
 // All elements of all tensors form one index range, split evenly over the threads.
 #include "update.h"
 
+#include "../update_items.h"
 #include "loops.h"
 
 namespace lfp::cpu {
 namespace {
 
-constexpr size_t kHyper = 12;         // values per tensor, see optimizer_params
 constexpr int64_t kNormChunk = 8192;  // fixed, so that the sum does not depend on the threads
 constexpr int64_t kLanes = 16;        // partial sums of a chunk
 
-int64_t states_of(int64_t code) { return code == kSgd ? 0 : code == kSgdMomentum ? 1 : 2; }
-
-// One tensor's part in the call: [begin, begin + numel) of the common index range.
-struct Item {
-  Tensor param, feedback;
-  std::vector<Tensor> states;
-  int64_t code, begin;
-  Params hyper;
+// An item that covers [begin, begin + numel) of the common index range.
+struct Item : UpdateItem {
+  int64_t begin;
 };
 
 // Elements [from, from + count) of one tensor.
@@ -47,31 +42,14 @@ double value_of(const std::optional<Tensor>& scale) {
 void optimizer_update(std::vector<Tensor> params, std::vector<Tensor> feedback,
                       std::vector<Tensor> states, Ints codes, Params hyper,
                       std::optional<Tensor> scale) {
-  const size_t count = params.size();
-  LFP_CHECK(feedback.size() == count && codes.size() == count && hyper.size() == count * kHyper,
-            "optimizer_update", "expected one feedback, code and row of hyper per parameter");
+  const double factor = value_of(scale);
   std::vector<Item> items;
-  items.reserve(count);
   int64_t total = 0;
-  size_t next_state = 0;
-  for (size_t k = 0; k < count; ++k) hyper[k * kHyper + 2] *= value_of(scale);
-  for (size_t k = 0; k < count; ++k) {
-    Item item{params[k], dense(feedback[k]),
-              {},        codes[k],
-              total,     Params(hyper.begin() + k * kHyper, hyper.begin() + (k + 1) * kHyper)};
-    for (int64_t i = 0; i < states_of(codes[k]); ++i)
-      item.states.push_back(states.at(next_state++));
-    // Everything that can fail fails here, before the first element changes.
-    dispatch_dtype(item.param.scalar_type(), "optimizer_update", [](auto) {});
-    dispatch_optimizer<float>(codes[k], "optimizer_update", [](auto) {});
-    LFP_CHECK(item.param.is_contiguous(), "optimizer_update", "parameters must be contiguous");
-    LFP_CHECK(item.feedback.numel() == item.param.numel(), "optimizer_update",
-              "feedback must have the size of its parameter");
-    for (const Tensor& s : item.states)
-      LFP_CHECK(s.is_contiguous() && s.numel() == item.param.numel(), "optimizer_update",
-                "states must be contiguous, of the size of their parameter");
-    total += item.param.numel();
-    items.push_back(std::move(item));
+  for (UpdateItem& item : update_items(params, feedback, states, codes, hyper)) {
+    item.hyper[2] *= factor;
+    const int64_t count = item.param.numel();
+    items.push_back({std::move(item), total});
+    total += count;
   }
   torch::stable::parallel_for(0, total, kGrain, [&](int64_t first, int64_t last) {
     auto item = std::upper_bound(items.begin(), items.end(), first,

@@ -4,7 +4,7 @@
 // A label outside [0, C) makes its row NaN: no memory is misread, and nothing has to be read back.
 #include <limits>
 
-#include "../rewards.h"
+#include "../reward_dispatch.h"
 #include "elementwise.cuh"
 
 namespace lfp::cuda {
@@ -17,21 +17,6 @@ constexpr size_t kStage = 48 * 1024;  // bytes of shared memory that hold what i
 template <class A>
 __device__ __forceinline__ A not_a_number() {
   return static_cast<A>(NAN);
-}
-
-// f(Reward<A>{}) for the rewards that have a one-hot target.
-template <class A, class F>
-void dispatch_row_reward(int64_t kind, F&& f) {
-  switch (kind) {
-    case kSoftmax: return f(SoftmaxReward<A>{});
-    case kSigmoid: return f(SigmoidReward<A>{});
-    case kMaximize: return f(MaximizeReward<A>{});
-    case kMinimize: return f(MinimizeReward<A>{});
-    case kBoundedSoftmax: return f(BoundedSoftmaxReward<A>{});
-    case kCorrectClassification: return f(CorrectClassificationReward<A>{});
-    case kMisclassification: return f(MisclassificationReward<A>{});
-    default: LFP_CHECK(false, "reward", "unknown reward code ", kind);
-  }
 }
 
 // ---- reductions over the threads of a row: one warp, or all warps of the block

@@ -1,4 +1,4 @@
-"""The CUDA compiler: where it is, and what it compiles for. Used by setup.py."""
+"""The CUDA compiler: where it is, and what it compiles for. Used by setup.py and the tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+HOW_TO_GET_IT = (
+    "no CUDA compiler: put nvcc on PATH, set CUDA_HOME, or install nvidia-cuda-nvcc nvidia-nvvm "
+    "nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl, all ==13.0.*"
+)
 ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
 
 
@@ -26,10 +30,7 @@ def root() -> Path:
     for candidate in candidates:
         if (candidate / "bin/nvcc").exists():
             return candidate.resolve()
-    raise NotFound(
-        "no CUDA compiler: put nvcc on PATH, set CUDA_HOME, or install nvidia-cuda-nvcc "
-        "nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl, all ==13.0.*"
-    )
+    raise NotFound(HOW_TO_GET_IT)
 
 
 def architectures() -> list[str]:

@@ -3,14 +3,14 @@
 //   norm = sqrt(sum over all elements v * v)       float64 sums of fixed chunks, then their sum
 // What a launch must know of its tensors travels in its parameters (at most 4 KB): nothing is
 // copied to the device, so a CUDA graph can capture the call. A graph replays the learning rates
-// and clip factor that it has captured.
+// that it has captured, and reads a scale on the device anew.
+#include "../update_items.h"
 #include "common.cuh"
 
 namespace lfp::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr size_t kHyper = 12;         // values per tensor, see optimizer_params
 constexpr int64_t kUpdatePacks = 2;   // 16-byte accesses of a thread for each operand
 constexpr int64_t kNormChunk = 8192;  // elements of a partial sum: fixed, and so are the bits
 constexpr size_t kParameterBytes = 4096;
@@ -91,15 +91,6 @@ __global__ void __launch_bounds__(kThreads)
     update_pack<1, T, Optimizer>(s, i, hyper);
 }
 
-int64_t states_of(int64_t code) { return code == kSgd ? 0 : code == kSgdMomentum ? 1 : 2; }
-
-struct Item {
-  Tensor param, feedback;
-  std::vector<Tensor> states;
-  int64_t code;
-  Params hyper;
-};
-
 // Segments of one dtype and one optimizer, launched when full.
 template <class T, class Optimizer>
 class Updates {
@@ -112,7 +103,7 @@ class Updates {
       batch_.scale = data<float>(*scale);
   }
 
-  void add(const Item& item) {
+  void add(const UpdateItem& item) {
     const int64_t count = item.param.numel(), blocks = ceil_div(count, kUpdateChunk<T>);
     if (count == 0) return;
     LFP_CHECK(blocks < (int64_t(1) << 30), "optimizer_update", "parameter too large");
@@ -160,40 +151,17 @@ constexpr ScalarType kDtypes[] = {ScalarType::Double, ScalarType::Float, ScalarT
 void optimizer_update(std::vector<Tensor> params, std::vector<Tensor> feedback,
                       std::vector<Tensor> states, Ints codes, Params hyper,
                       std::optional<Tensor> scale) {
-  const size_t count = params.size();
   const char* op = "optimizer_update";
-  LFP_CHECK(feedback.size() == count && codes.size() == count && hyper.size() == count * kHyper,
-            "optimizer_update", "expected one feedback, code and row of hyper per parameter");
-  if (count == 0) return;
+  const std::vector<UpdateItem> items = update_items(params, feedback, states, codes, hyper);
+  if (items.empty()) return;
   const Device device(params[0]);
-  std::vector<Item> items;
-  size_t next_state = 0;
-  for (size_t k = 0; k < count; ++k) {
-    Item item{params[k],
-              dense(feedback[k]),
-              {},
-              codes[k],
-              Params(hyper.begin() + k * kHyper, hyper.begin() + (k + 1) * kHyper)};
-    for (int64_t i = 0; i < states_of(codes[k]); ++i)
-      item.states.push_back(states.at(next_state++));
-    // Everything that can fail fails here, before the first element changes.
-    dispatch_dtype(item.param.scalar_type(), op, [](auto) {});
-    dispatch_optimizer<float>(codes[k], op, [](auto) {});
-    LFP_CHECK(item.param.is_contiguous(), "optimizer_update", "parameters must be contiguous");
-    LFP_CHECK(item.feedback.numel() == item.param.numel(), "optimizer_update",
-              "feedback must have the size of its parameter");
-    for (const Tensor& s : item.states)
-      LFP_CHECK(s.is_contiguous() && s.numel() == item.param.numel(), "optimizer_update",
-                "states must be contiguous, of the size of their parameter");
-    items.push_back(std::move(item));
-  }
   for (const ScalarType dtype : kDtypes)
     for (const int64_t code : {kSgd, kSgdMomentum, kAdamW})
       dispatch_dtype(dtype, op, [&](auto element) {
         using T = decltype(element);
         dispatch_optimizer<Acc<T>>(code, op, [&](auto step) {
           Updates<T, decltype(step)> updates(device.stream, scale);
-          for (const Item& item : items)
+          for (const UpdateItem& item : items)
             if (item.param.scalar_type() == dtype && item.code == code) updates.add(item);
           updates.launch();
         });
