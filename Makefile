@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
 
-.PHONY: demo test test-slow test-gpusim test-gpusim-fast test-mutations gpu bench lint format clean
+.PHONY: demo test test-slow test-peers test-gpusim test-gpusim-fast test-mutations gpu bench lint format clean
 
 $(STAMP): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,10 +21,20 @@ demo: lfp_kernels/_C_cpu.so
 	$(RUN) -m lfp_kernels demo --out runs/demo $(if $(DATA),--data $(DATA))
 
 test: lfp_kernels/_C_cpu.so
-	$(RUN) -m pytest -q -m "not slow and not gpu and not gpusim"
+	$(RUN) -m pytest -q -m "not slow and not gpu and not gpusim and not peers"
 
 test-slow: lfp_kernels/_C_cpu.so
 	$(RUN) -m pytest -q -m "slow"
+
+# Against other packages, in an environment that has them: torch with CUDA's libraries, 6 GB.
+PEERS := .venv-peers
+$(PEERS)/.installed: requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	touch $@
+
+test-peers: $(PEERS)/.installed lfp_kernels/_C_cpu.so
+	PYTHONPATH=. $(PEERS)/bin/python -m pytest -q -m peers tests/peers
 
 # The executor of GPU code on the CPU: its own environment, with Triton and the CUDA compiler.
 GPUSIM := .venv-gpusim

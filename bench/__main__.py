@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import compare as comparison
-from . import environment, floor, memory, ops, plot, report, specs, steps, timing
+from . import environment, floor, memory, ops, plot, report, rules, specs, steps, timing
 from .gpu_model import command as gpu_model
 from .report import Row
 
@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     pictures.set_defaults(command=_plot)
     pictures.add_argument("results", type=Path)
     pictures.add_argument("--out", type=Path, help="folder (that of the results)")
+    every = commands.add_parser("rules", help="every learning rule and composite, by registry")
+    rules.add_arguments(every)
     modelled = commands.add_parser("gpu-model", help="bytes, FLOPs, occupancy of the CUDA kernels")
     gpu_model.add_arguments(modelled)
     return parser

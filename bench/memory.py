@@ -80,7 +80,7 @@ def live_tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def _rise_of_resident_set(run: Any) -> int:
+def rise_of_resident_set(run: Any) -> int:
     _trim()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     before = _status("VmRSS")
@@ -118,7 +118,7 @@ def _measure_here(workload: str, variant: str, device: str) -> dict[str, int]:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
         return {"peak_bytes": peak, "allocated_bytes": peak, "resident_bytes": resident}
-    rise = _rise_of_resident_set(step.run)
+    rise = rise_of_resident_set(step.run)
     step.drop_transients()
     allocated = _rise_of_allocations(step.run)
     return {

@@ -107,16 +107,27 @@ def linear_forward(shape: tuple[int, ...], rule: Any, device: str) -> Case:
 def linear_redistribute(shape: tuple[int, ...], rule: Any, device: str) -> Case:
     layer, x, z, r = _linear_setup(shape, device)
     w, b = layer.weight, layer.bias
-    return _products(lambda: F.linear_redistribute(x, w, b, z, r, rule), layer, x, z, 2)
+    more = _of_rule(rule, w)
+    return _products(lambda: F.linear_redistribute(x, w, b, z, r, rule, **more), layer, x, z, 2)
 
 
 def linear_redistribute_update(shape: tuple[int, ...], rule: Any, device: str) -> Case:
     layer, x, z, r = _linear_setup(shape, device)
     w, b = layer.weight, layer.bias
     first, second = _update([w, b])
+    more = _of_rule(rule, w, update=True)
     return _products(
-        lambda: F.linear_redistribute_update(x, w, b, z, r, first, second, rule), layer, x, z, 2
-    )
+        lambda: F.linear_redistribute_update(x, w, b, z, r, first, second, rule, **more),
+        layer, x, z, 2,
+    )  # fmt: skip
+
+
+def _of_rule(rule: Rule, weight: Tensor, *, update: bool = False) -> dict[str, Any]:
+    """The arguments that a rule needs besides the layer's."""
+    more: dict[str, Any] = {"matrix": torch.randn_like(weight)} if rule.takes_matrix else {}
+    if not rule.has_input:
+        more |= {"need_input": False} if update else {"need": (False, True, True)}
+    return more
 
 
 def _conv_setup(shape: tuple[int, ...], device: str) -> tuple[Any, ...]:
@@ -138,15 +149,19 @@ def conv_forward(shape: tuple[int, ...], rule: Any, device: str) -> Case:
 def conv_redistribute(shape: tuple[int, ...], rule: Any, device: str) -> Case:
     layer, x, z, r, geometry = _conv_setup(shape, device)
     w, b = layer.weight, layer.bias
-    return _products(lambda: F.conv_redistribute(x, w, b, z, r, geometry, rule), layer, x, z, 2)
+    more = _of_rule(rule, w)
+    return _products(
+        lambda: F.conv_redistribute(x, w, b, z, r, geometry, rule, **more), layer, x, z, 2
+    )
 
 
 def conv_redistribute_update(shape: tuple[int, ...], rule: Any, device: str) -> Case:
     layer, x, z, r, geometry = _conv_setup(shape, device)
     w, b = layer.weight, layer.bias
     first, second = _update([w, b])
+    more = _of_rule(rule, w, update=True)
     return _products(
-        lambda: F.conv_redistribute_update(x, w, b, z, r, geometry, first, second, rule),
+        lambda: F.conv_redistribute_update(x, w, b, z, r, geometry, first, second, rule, **more),
         layer, x, z, 2,
     )  # fmt: skip
 
@@ -243,6 +258,8 @@ def specs(quick: bool) -> Iterator[Spec]:
     """Every operator at every shape, the rule-carrying ones under every rule of the registry."""
     for make, carries_rule, shapes, quick_shape in _TABLE:
         rules: list[Rule | None] = [r() for r in REGISTRY.values()] if carries_rule else [None]
+        if carries_rule and not make.__name__.startswith(("linear", "conv")):
+            rules = [r for r in rules if r is not None and r.has_plain_form]
         for rule in rules:
             for shape in (quick_shape,) if quick else shapes:
                 yield Spec(make.__name__, shape, make, rule)

@@ -52,14 +52,46 @@ void dispatch_dtype(ScalarType dtype, const char* op, F&& f) {
   }
 }
 
-// f(Rule<A>{}) for a rule code.
+// f(Rule<A>{}) for the code of a rule that operators without a weight matrix have.
 template <class A, class F>
 void dispatch_rule(int64_t rule, const char* op, F&& f) {
   switch (rule) {
     case kEpsilon: return f(Epsilon<A>{});
+    case kZero: return f(Zero<A>{});
     case kGradient: return f(Gradient<A>{});
     default: STD_TORCH_CHECK(false, "lfp_kernels::", op, ": unknown rule code ", rule);
   }
+}
+
+// f(functor) with the prologue or the weight epilogue of a rule.
+template <Prologue kind>
+struct PrologueOf {
+  template <class A>
+  LFP_HD A operator()(A r, A z, RuleParams<A> p) const {
+    return prologue<kind>(r, z, p);
+  }
+};
+
+template <class F>
+void dispatch_prologue(Prologue kind, const char* op, F&& f) {
+  switch (kind) {
+    case Prologue::kDivide: return f(PrologueOf<Prologue::kDivide>{});
+    case Prologue::kIdentity: return f(PrologueOf<Prologue::kIdentity>{});
+    case Prologue::kZero: return f(PrologueOf<Prologue::kZero>{});
+    case Prologue::kTimesOutput: return f(PrologueOf<Prologue::kTimesOutput>{});
+    case Prologue::kReversePositive: return f(PrologueOf<Prologue::kReversePositive>{});
+    case Prologue::kReverseNegative: return f(PrologueOf<Prologue::kReverseNegative>{});
+  }
+  STD_TORCH_CHECK(false, "lfp_kernels::", op, ": unknown prologue code ", static_cast<int>(kind));
+}
+
+template <class A, class F>
+void dispatch_weight_epilogue(WeightEpilogue kind, const char* op, F&& f) {
+  switch (kind) {
+    case WeightEpilogue::kMagnitude: return f(Epsilon<A>{});
+    case WeightEpilogue::kIdentity: return f(Gradient<A>{});
+  }
+  STD_TORCH_CHECK(false, "lfp_kernels::", op, ": unknown weight code ", static_cast<int>(kind));
 }
 
 // f(Optimizer<A>{}) for an optimizer code.
@@ -73,10 +105,10 @@ void dispatch_optimizer(int64_t optimizer, const char* op, F&& f) {
   }
 }
 
-// params = [eps, eps of the layer below]
+// params = [eps, eps of the layer below, a, b, seed]
 template <class A>
 RuleParams<A> rule_params(const Params& p) {
-  return {A(p.at(0)), A(p.at(1))};
+  return {A(p.at(0)), A(p.at(1)), A(p.at(2)), A(p.at(3)), static_cast<uint64_t>(p.at(4))};
 }
 
 // hyper = [lr, weight_decay, scale, momentum, nesterov, beta1, beta2, eps, correction1,

@@ -42,12 +42,6 @@ LFP_HD T sigmoid(T v) {
   return T(1) / (T(1) + exponential(-v));
 }
 
-// 0 at both zeros; NaN stays NaN.
-template <class T>
-LFP_HD T sign(T v) {
-  return v > T(0) ? T(1) : v < T(0) ? T(-1) : v;
-}
-
 // value(o, y, q): logit, target (one-hot entry or value), row quantity. NaN logits give NaN.
 template <class T>
 struct SoftmaxReward {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backends import FLOATS
 from .optim import STATES, Update
-from .rules import REGISTRY, Rule
+from .rules import REGISTRY, Derivative, Rule, RuleCall
 
 
 def tensor(op: str, name: str, value: Any) -> Tensor:
@@ -62,6 +62,17 @@ def rule(op: str, value: Any) -> Rule:
     return value
 
 
+def plain_rule(op: str, value: Any) -> Rule:
+    """A rule that functions without a weight matrix have."""
+    rule(op, value)
+    if not value.has_plain_form:
+        raise ValueError(
+            f"{op}: rule: {type(value).__name__} is a rule of weight matrices; expected Epsilon, "
+            "Zero or Gradient here (composites choose rules per layer)"
+        )
+    return value
+
+
 def product_dtype(op: str, value: torch.dtype | None, like: Tensor) -> torch.dtype:
     """Dtype of the feedback products: the tensors' own, or bfloat16 for float32 tensors."""
     if value is None or value == like.dtype:
@@ -73,6 +84,49 @@ def product_dtype(op: str, value: torch.dtype | None, like: Tensor) -> torch.dty
         + (", or torch.bfloat16" if like.dtype == torch.float32 else "")
         + f", got {value}"
     )
+
+
+def rule_call(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    rule: Rule,
+    need_input: bool,
+    matrix: Any,
+    below: Any,
+    signal_in: bool,
+    nonnegative: bool,
+    dtype: torch.dtype | None,
+) -> RuleCall:
+    """The call of a layer's redistribution, with everything in it that a kernel relies on."""
+    product = product_dtype(op, dtype, x)
+    if need_input and not rule.has_input:
+        raise ValueError(
+            f"{op}: rule: {type(rule).__name__} is a rule of weights and has no input reward; use "
+            f"Separate(input=Epsilon(), weight={type(rule).__name__}())"
+        )
+    if matrix is None:
+        if need_input and rule.takes_matrix:
+            raise ValueError(
+                f"{op}: matrix: expected the feedback matrix of {type(rule).__name__}, a tensor of "
+                f"shape {tuple(weight.shape)}, got None"
+            )
+    elif not rule.takes_matrix:
+        matrix = None
+    else:
+        like(op, "matrix", matrix, weight, "weight")
+        shape(op, "matrix", matrix, weight.shape)
+    divides = isinstance(below, Rule) and below.chains and rule.chains
+    if not (below is None or divides or isinstance(below, Derivative)):
+        raise ValueError(
+            f"{op}: below: expected a rule that divides by its output, below a rule that "
+            f"multiplies by its input (epsilon), or a rules.Derivative, got {below!r}, {rule!r}"
+        )
+    if signal_in and rule.split:
+        raise ValueError(
+            f"{op}: signal_in: expected False with {type(rule).__name__}, which has two signals"
+        )
+    return RuleCall(rule, matrix, below, signal_in, nonnegative, product)
 
 
 def update(op: str, name: str, value: Any, param: Tensor) -> Update:

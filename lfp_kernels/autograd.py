@@ -10,7 +10,7 @@ themselves, so that torch notices an update between forward and backward.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,26 +19,56 @@ from torch.autograd.function import once_differentiable
 from . import functional as F
 from .rules import Rule
 
+if TYPE_CHECKING:
+    from .composites.attach import LayerRule
+
+
+def _kept(rule: Rule, x: Tensor, weight: Tensor, bias: Any, z: Tensor, matrix: Any) -> tuple:
+    """What backward reads; None where the rule does not."""
+    return x.data, weight, bias, z.data if rule.reads_output else None, matrix
+
+
+def _layer_backward(ctx: Any, reward: Tensor, redistribute: Any) -> tuple:
+    """(input reward, weight feedback, bias feedback, gradient of the feedback matrix)"""
+    x, weight, bias, z, matrix = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    layer: LayerRule = ctx.layer
+    teacher = layer.teacher if need[0] else None
+    found = redistribute(
+        x, weight, bias, reward if z is None else z, reward,
+        need=(need[0] and teacher is None, *need[1:]), matrix=matrix, product_dtype=ctx.product,
+    )  # fmt: skip
+    first = found.input if teacher is None else teacher(reward).view(x.shape)
+    # A learned feedback matrix takes the same step as the weight (Kolen-Pollack).
+    learned = found.weight if ctx.needs_input_grad[3] else None
+    return first, found.weight, found.bias, learned
+
 
 class LinearReward(torch.autograd.Function):
     """``x W^T + b`` by the rule."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rule: Rule, product: Any):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        matrix: Tensor | None,
+        layer: LayerRule,
+        product: Any,
+    ):
         z = F.linear(x, weight, bias)
-        ctx.save_for_backward(x.data, weight, bias, z.data)
-        ctx.rule, ctx.product = rule, product
+        ctx.save_for_backward(*_kept(layer.rule, x, weight, bias, z, matrix))
+        ctx.layer, ctx.product = layer, product
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, reward: Tensor):
-        x, weight, bias, z = ctx.saved_tensors
-        feedback = F.linear_redistribute(
-            x, weight, bias, z, reward, ctx.rule,
-            need=ctx.needs_input_grad[:3], product_dtype=ctx.product,
-        )  # fmt: skip
-        return *feedback, None, None
+        def redistribute(x: Tensor, weight: Any, bias: Any, z: Tensor, r: Tensor, **options: Any):
+            return F.linear_redistribute(x, weight, bias, z, r, ctx.layer.rule, **options)
+
+        return *_layer_backward(ctx, reward, redistribute), None, None
 
 
 class ConvReward(torch.autograd.Function):
@@ -50,24 +80,25 @@ class ConvReward(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        matrix: Tensor | None,
         geometry: F.ConvGeometry,
-        rule: Rule,
+        layer: LayerRule,
         product: Any,
     ):
         z = F.conv(x, weight, bias, geometry)
-        ctx.save_for_backward(x.data, weight, bias, z.data)
-        ctx.geometry, ctx.rule, ctx.product = geometry, rule, product
+        ctx.save_for_backward(*_kept(layer.rule, x, weight, bias, z, matrix))
+        ctx.geometry, ctx.layer, ctx.product = geometry, layer, product
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, reward: Tensor):
-        x, weight, bias, z = ctx.saved_tensors
-        feedback = F.conv_redistribute(
-            x, weight, bias, z, reward, ctx.geometry, ctx.rule,
-            need=ctx.needs_input_grad[:3], product_dtype=ctx.product,
-        )  # fmt: skip
-        return *feedback, None, None, None
+        def redistribute(x: Tensor, weight: Any, bias: Any, z: Tensor, r: Tensor, **options: Any):
+            return F.conv_redistribute(
+                x, weight, bias, z, r, ctx.geometry, ctx.layer.rule, **options
+            )
+
+        return *_layer_backward(ctx, reward, redistribute), None, None, None
 
 
 class BatchNormReward(torch.autograd.Function):

@@ -34,15 +34,17 @@ def _takes_part(*tensors: Any) -> bool:
 
 
 def _linear(at: Attachment, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    layer = at.rule_of_weight(weight)
     return autograd.LinearReward.apply(
-        input, weight, bias, at.rule_of_weight(weight), at.product_dtype(input)
+        input, weight, bias, layer.matrix, layer, at.product_dtype(input)
     )
 
 
 def _conv(at: Attachment, dims: int, transposed: bool, *args: Any, **kwargs: Any) -> Tensor:
     x, weight, bias, geometry = conv_geometry(dims, transposed, *args, **kwargs)
+    layer = at.rule_of_weight(weight)
     return autograd.ConvReward.apply(
-        x, weight, bias, geometry, at.rule_of_weight(weight), at.product_dtype(x)
+        x, weight, bias, layer.matrix, geometry, layer, at.product_dtype(x)
     )
 
 
@@ -57,7 +59,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    rule = at.function_rule if weight is None else at.rule_of_weight(weight)
+    rule = at.function_rule if weight is None else at.rule_of_weight(weight).rule
     return autograd.BatchNormReward.apply(
         input, weight, bias, running_mean, running_var, training, momentum, eps, rule
     )
@@ -186,6 +188,7 @@ def _add_in_place(at: Attachment, input: Tensor, other: Any, *, alpha: Any = 1) 
 
 
 TABLE = _table()
+_WEIGHTED = frozenset({TF.linear, *(f for functions in CONVS.values() for f in functions)})
 # Not differentiable, or linear maps whose transpose is what autograd does with the reward.
 _PLAIN = frozenset(STRUCTURAL)
 
@@ -197,9 +200,15 @@ class RewardMode(TorchFunctionMode):
         super().__init__()
         self.attachment = attachment
 
+    def _has_handler(self, func: Any) -> bool:
+        """What a composite of the feedback-alignment family changes; the rest is autograd's."""
+        return func in _WEIGHTED or (func in ACTIVATIONS and self.attachment.linear)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handler = TABLE.get(func)
+        if self.attachment.composite.plain and not self._has_handler(func):
+            return func(*args, **kwargs)
         if handler is not None:
             if _takes_part(*args, *kwargs.values()):
                 return handler(self.attachment, *args, **kwargs)

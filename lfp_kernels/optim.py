@@ -110,6 +110,7 @@ def clip_factor(norm: Tensor, clip: float) -> Tensor:
 
 
 SGD_PLAIN, SGD_MOMENTUM, ADAMW = 0, 1, 2
+FROZEN = -1  # a parameter that the rule reads and nothing updates
 STATES = {SGD_PLAIN: 0, SGD_MOMENTUM: 1, ADAMW: 2}  # states per parameter
 
 _TORCH = {SGD: torch.optim.SGD, AdamW: torch.optim.AdamW}

@@ -15,13 +15,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .functional.reward import loss_reward as _loss_reward
 from .functional.reward import reward as _reward
 from .functional.reward import spike_rate_reward as _spike_rate
 from .ops.reward.codes import Kind
 
 __all__ = [
-    "REGISTRY", "binary_sigmoid", "bounded_softmax", "correct_classification", "get", "maximize",
-    "minimize", "misclassification", "regression", "sigmoid", "snn_rate", "softmax",
+    "REGISTRY", "binary_sigmoid", "bounded_softmax", "correct_classification", "cross_entropy",
+    "get", "maximize", "minimize", "misclassification", "mse", "regression", "sigmoid", "snn_rate",
+    "softmax",
 ]  # fmt: skip
 
 
@@ -113,6 +115,25 @@ def regression(out: Tensor, y: Tensor) -> Tensor:
     return _reward("rewards.regression", Kind.REGRESSION, out, y)
 
 
+def cross_entropy(out: Tensor, y: Tensor) -> Tensor:
+    """``(y - p) / N``: minus the gradient of the mean cross-entropy, for the feedback-alignment
+    family, whose signal is an error and not a relevance.
+
+    Args:
+        out: logits [N, C]. y: integer class labels [N].
+    """
+    return _loss_reward("rewards.cross_entropy", out, y, values=False)
+
+
+def mse(out: Tensor, y: Tensor) -> Tensor:
+    """``2 (t - o) / numel``: minus the gradient of the mean squared error (feedback alignment).
+
+    Args:
+        out: predictions [N, C]. y: target values t of the same shape ([N] for [N, 1]).
+    """
+    return _loss_reward("rewards.mse", out, y, values=True)
+
+
 def snn_rate(spikes: Tensor, y: Tensor) -> Tensor:
     """Rate coding over T steps. True class, at every step: ``1 - sigma(sum_t s - T // 2)``; others:
     ``-s * (1 - sigma(sum_t (1 - s) - T // 2))``. No factor 1/T.
@@ -127,7 +148,7 @@ REGISTRY: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
         softmax, sigmoid, binary_sigmoid, maximize, minimize, bounded_softmax,
-        correct_classification, misclassification, regression, snn_rate,
+        correct_classification, misclassification, regression, cross_entropy, mse, snn_rate,
     )
 }  # fmt: skip
 

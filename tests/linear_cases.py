@@ -48,6 +48,17 @@ def run(backend, *args, **options):
         return F.linear_redistribute(*args, **options)
 
 
+def options_of(rule, weight):
+    """What a rule needs besides the layer: its feedback matrix, and no input reward of a rule of
+    weights."""
+    g = torch.Generator().manual_seed(7)
+    given = torch.randn(weight.shape, generator=g, dtype=torch.float64).to(weight.dtype)
+    return {
+        "matrix": given if rule.takes_matrix else None,
+        "need": (rule.has_input, True, True),
+    }
+
+
 def check_all(got, reference, truth):
     for name, a, b, c in zip(("input", "weight", "bias"), got, reference, truth):
         assert (a is None) == (b is None) == (c is None), name

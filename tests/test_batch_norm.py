@@ -20,7 +20,7 @@ from batch_norm_cases import (
     torch_forward,
 )
 
-from lfp_kernels import rules
+from lfp_kernels import functional, rules
 from lfp_kernels.rules import stabilize
 from lfp_kernels.testing import assert_within_budget
 
@@ -170,7 +170,15 @@ def test_redistribute_within_the_error_budget(dtype, shape, training):
         assert_within_budget(a, b, c, name)
 
 
-@pytest.mark.parametrize("rule", [cls() for cls in rules.REGISTRY.values()], ids=lambda r: r.name)
+# What a layer without a weight matrix has: rules of one signal, with W for their matrix.
+PLAIN = [
+    rule
+    for rule in (cls() for cls in rules.REGISTRY.values())
+    if rule.has_plain_form or rule.is_epsilon_but_for_its_prologue
+]
+
+
+@pytest.mark.parametrize("rule", PLAIN, ids=lambda r: r.name)
 @pytest.mark.parametrize("training", [True, False])
 def test_every_rule_is_the_same_on_both_backends(rule, training):
     x, weight, bias, mean, var = case((4, 5, 3, 3))
@@ -239,3 +247,11 @@ def test_nan_stays_in_its_channel(training):
     got = run("native", x, weight, bias, z, reward_for(x), *stats, training)
     assert got.weight.isnan().tolist() == [False, False, True, False]
     assert got.input[1, 2, 0, 0].isnan() and not got.input[:, [0, 1, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("rule", [rules.ZPlus(), rules.FixedFeedback()], ids=lambda r: r.name)
+def test_rules_of_weight_matrices_are_refused(rule):
+    x = torch.randn(4, 3)
+    stats = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match="rule of weight matrices; expected Epsilon, Zero or Grad"):
+        functional.batch_norm_redistribute(x, None, None, x, x, *stats, False, rule)

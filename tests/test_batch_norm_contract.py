@@ -113,8 +113,8 @@ def test_opcheck(training):
             (OPS.batch_norm_forward, (each, weight, bias, mean, var, training, 0.1, EPS, True)),
             (
                 OPS.batch_norm_redistribute,
-                (each, weight, bias, z, reward_for(each), *stats, training, 0, [1e-6, 1.0],
-                 k != 1, True, k != 2, k % 4),
+                (each, weight, bias, z, reward_for(each), *stats, training, 0,
+                 [1e-6, 1.0, 0.0, 0.0, 0.0], k != 1, True, k != 2, k % 4),
             ),
         ):  # fmt: skip
             if k == 0:

@@ -157,14 +157,14 @@ def test_opcheck(layout: str, dtype: torch.dtype, channels: int) -> None:
         torch.library.opcheck(op.default, args, test_utils=checks)
 
     check(ops.conv_forward, x, weight, bias, *GEOMETRY_2D, True)
-    rule = (0, [1e-6, 1.0])
+    rule = (0, [1e-6, 1.0, 0.0, 0.0, 0.0])
     for need in ((True, True, True), (False, True, False)):
         check(
-            ops.conv_redistribute, x, weight, bias, z, z, *GEOMETRY_2D, *rule, *need, 0, dtype
+            ops.conv_redistribute, x, weight, bias, z, z, None, *GEOMETRY_2D, *rule, *need, 0, dtype
         )  # fmt: skip
     states = [torch.zeros_like(weight)], [torch.zeros_like(bias)]
     check(
-        ops.conv_redistribute_update, x, weight, bias, z, z, *states, *GEOMETRY_2D, *rule,
+        ops.conv_redistribute_update, x, weight, bias, z, z, None, *states, *GEOMETRY_2D, *rule,
         SGD_MOMENTUM, hyper(), SGD_MOMENTUM, hyper(), True, 0, dtype,
     )  # fmt: skip
 

@@ -11,11 +11,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import BACKENDS, DTYPES, SPECS, case, check_all, oracle, run, updates
+from linear_cases import (
+    BACKENDS,
+    DTYPES,
+    SPECS,
+    case,
+    check_all,
+    options_of,
+    oracle,
+    run,
+    updates,
+)  # fmt: skip
 
 from lfp_kernels import functional as F
 from lfp_kernels import optim, rules, use_backend
-from lfp_kernels.rules import stabilize
+from lfp_kernels.rules import run_params, stabilize
 from lfp_kernels.testing import absorbed, assert_conserved, assert_within_budget, poisoned_empty
 
 OPS = torch.ops.lfp_kernels
@@ -99,8 +109,13 @@ def test_forward(backend, relu, dtype):
 @pytest.mark.parametrize("rule", [cls() for cls in rules.REGISTRY.values()], ids=lambda r: r.name)
 def test_every_rule_is_the_same_on_both_backends(rule):
     args = case((6,), 8, 5, torch.float64)
-    for got, want in zip(run("native", *args, rule), run("reference", *args, rule)):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    args = (args[0].sigmoid(), *args[1:])  # what every rule takes: z-box wants values within [0, 1]
+    options = options_of(rule, args[1])
+    both = run("native", *args, rule, **options), run("reference", *args, rule, **options)
+    for got, want in zip(*both):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 # ---- options
@@ -242,17 +257,20 @@ def test_same_bits_on_two_runs():
 def test_opcheck(dtype):
     x, weight, bias, z, reward = case((4,), 6, 3, dtype)
     spec = updates(SPECS[1], weight, bias)
-    params = [1e-6, 1.0]
-    call = (x, weight, bias, z, reward, 0, params, True, True, True, 0, dtype)
+    params = run_params(rules.Epsilon())
+    call = (x, weight, bias, z, reward, None, 0, params, True, True, True, 0, dtype)
     torch.library.opcheck(OPS.linear_redistribute.default, call)
-    partial = (*call[:7], False, True, False, 2, dtype)
+    partial = (*call[:8], False, True, False, 2, dtype)
     torch.library.opcheck(OPS.linear_redistribute.default, partial)
+    for rule in (rules.AlphaBeta(), rules.NoisyFeedback()):
+        own = (*call[:5], weight.flip(0), rule.code, run_params(rule), True, True, True, 0, dtype)
+        torch.library.opcheck(OPS.linear_redistribute.default, own)
     torch.library.opcheck(OPS.linear_forward.default, (x, weight, bias, True))
     torch.library.opcheck(
         OPS.linear_redistribute_update.default,
         (
-            x, weight, bias, z, reward, spec[1].states, spec[2].states, 0, params, spec[1].code,
-            spec[1].hyper, spec[2].code, spec[2].hyper, True, 0, dtype,
+            x, weight, bias, z, reward, None, spec[1].states, spec[2].states, 0, params,
+            spec[1].code, spec[1].hyper, spec[2].code, spec[2].hyper, True, 0, dtype,
         ),
     )  # fmt: skip
 

@@ -200,7 +200,7 @@ def test_every_element_is_written_and_reruns_have_the_same_bits(dtype, order):
 def test_opcheck():
     x = values((2, 3, 8, 8), torch.float32)
     quick = ("test_schema", "test_faketensor")  # the others trace through autograd: slow
-    sizes, tail = ([2, 2], [2, 2], [0, 0]), (0, [1e-6, 1.0], 0)
+    sizes, tail = ([2, 2], [2, 2], [0, 0]), (0, [1e-6, 1.0, 0.0, 0.0, 0.0], 0)
     for k, each in enumerate((x, last(x), layouts(x)[1], layouts(x)[4], x[:, :, :7], x[:, :, :1])):
         z = TF.avg_pool2d(each, 2, 2) if each.shape[2] > 1 else None
         calls: list[tuple] = [

@@ -333,6 +333,22 @@ def test_an_unchecked_label_out_of_range_makes_its_row_nan(backend):
         assert not result[[0, 3]].isnan().any()
 
 
+# ---- losses, for the feedback-alignment family
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_losses_are_minus_their_gradients(dtype):
+    out = torch.randn(7, 5, dtype=dtype, requires_grad=True)
+    y, t = torch.randint(5, (7,)), torch.randn(7, 5, dtype=dtype)
+    for got, loss in (
+        (rewards.cross_entropy(out.detach(), y), torch.nn.functional.cross_entropy(out, y)),
+        (rewards.mse(out.detach(), t), torch.nn.functional.mse_loss(out, t)),
+    ):
+        torch.testing.assert_close(got, -torch.autograd.grad(loss, out)[0])
+    with pytest.raises(ValueError, match=r"rewards.cross_entropy: y: expected labels in \[0, 5\)"):
+        rewards.cross_entropy(out.detach(), y + 5)
+
+
 # ---- the registry
 
 

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from linear_cases import options_of
 
 from lfp_kernels import functional as F
 from lfp_kernels import rules, use_backend
 from lfp_kernels.rules import Epsilon, Rule, accumulate_dtype, run_params, stabilize
 
+ONE_SIGNAL = [  # test_split_rules.py has the others
+    pytest.param(cls, id=name) for name, cls in rules.REGISTRY.items() if not cls().split
+]
 ALL = [pytest.param(cls, id=name) for name, cls in rules.REGISTRY.items()]
 HEADER = Path(__file__).resolve().parents[1] / "csrc" / "rules.h"
 
@@ -55,12 +59,33 @@ def test_16_bit_is_computed_in_float32():
 # ---- the registry
 
 
-def test_codes_are_distinct_and_those_of_the_header():
+def test_codes_are_distinct():
     codes = {cls.code: name for name, cls in rules.REGISTRY.items()}
     assert len(codes) == len(rules.REGISTRY)
-    line = re.search(r"enum RuleCode[^{]*\{([^}]*)\}", HEADER.read_text()).group(1)
-    header = {int(v): k.lower() for k, v in re.findall(r"k(\w+) = (\d+)", line)}
-    assert {code: name.replace("_", "") for code, name in codes.items()} == header
+
+
+CODES = [
+    rules.Prologue, rules.Matrix, rules.InputEpilogue, rules.WeightEpilogue, rules.Signals,
+    rules.Parts, rules.Map,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("codes", CODES, ids=lambda c: c.__name__)
+def test_function_codes_are_those_of_the_header(codes):
+    text = re.sub(r"//.*", "", HEADER.read_text())
+    body = re.search(rf"enum class {codes.__name__} \{{([^}}]*)\}}", text).group(1)
+    header = [name.lower() for name in re.findall(r"k(\w+)", body)]
+    assert header == [code.name.replace("_", "").lower() for code in codes]
+    assert [int(code) for code in codes] == list(range(len(codes)))
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_code_packs_its_functions_in_four_bits_each(cls):
+    functions = (
+        cls.prologue_code, cls.matrix_code, cls.input_code, cls.weight_code, cls.signals_code,
+        cls.parts_code, cls.map_code,
+    )  # fmt: skip
+    assert [cls.code >> 4 * place & 15 for place in range(8)] == [*functions, 0]
 
 
 @pytest.mark.parametrize("cls", ALL)
@@ -74,7 +99,7 @@ def test_is_frozen_data_with_defaults(cls):
             setattr(rule, field.name, 1.0)
 
 
-@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("cls", ONE_SIGNAL)
 def test_native_functions_are_the_python_functions(cls):
     """Each of the four functions alone: the other factors of the linear layer are 1."""
     rule = cls()
@@ -86,15 +111,19 @@ def test_native_functions_are_the_python_functions(cls):
     z[0, :2] = torch.tensor([0.0, -0.0])
     weight = torch.randn(n, n, generator=g, dtype=torch.float64)
     bias = torch.randn(n, generator=g, dtype=torch.float64)
+    options = options_of(rule, weight)
     with use_backend("native"):
-        got = F.linear_redistribute(x, weight, bias, z, r, rule)
+        got = F.linear_redistribute(x, weight, bias, z, r, rule, **options)
     s = rule.prologue(r, z)
     # One sample: the bias feedback is weight_epilogue(s, b), the weight's that of an outer product.
     torch.testing.assert_close(got.bias, rule.weight_epilogue(s[0], bias), rtol=1e-14, atol=0)
     outer = rule.weight_epilogue(s[0][:, None] * x, weight)
     torch.testing.assert_close(got.weight, outer, rtol=1e-14, atol=0)
-    product = rule.input_epilogue(s @ rule.matrix(weight), x)
-    scale = float((s.abs() @ rule.matrix(weight).abs()).max())
+    if not rule.has_input:
+        return
+    matrix = rule.matrix(weight, options["matrix"])
+    product = rule.input_epilogue(s @ matrix, x)
+    scale = float((s.abs() @ matrix.abs()).max())
     torch.testing.assert_close(got.input, product, rtol=1e-12, atol=1e-14 * scale)
 
 
@@ -113,9 +142,10 @@ def test_chaining_is_announced_only_where_the_prologue_divides(cls):
     rule = cls()
     z = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64)
     divides = torch.equal(rule.prologue(torch.ones_like(z), z), 1 / stabilize(z, rule.stabilizer))
-    assert rule.chains == divides
-    assert run_params(rule) == [rule.stabilizer, 1.0]
-    assert run_params(rule, Epsilon(0.25)) == [rule.stabilizer, 0.25]
+    assert rule.chains == (divides and not rule.split)
+    own = [rule.first, rule.second, float(rule.random_seed)]
+    assert run_params(rule) == [rule.stabilizer, 1.0, *own]
+    assert run_params(rule, Epsilon(0.25)) == [rule.stabilizer, 0.25, *own]
 
 
 def test_epsilon_functions():

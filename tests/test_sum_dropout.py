@@ -199,7 +199,7 @@ def test_reruns_have_the_same_bits():
 
 def test_opcheck():
     a, b, r = (values((2, 3, 4, 5), torch.float32, k) for k in range(3))
-    tail = 0, [1e-6, 1.0], 0
+    tail = 0, [1e-6, 1.0, 0.0, 0.0, 0.0], 0
     torch.library.opcheck(OPS.sum_redistribute.default, (a, b, r, *tail))
     torch.library.opcheck(OPS.dropout_redistribute.default, (r, a > 0, 2.0))
     quick = ("test_schema", "test_faketensor")

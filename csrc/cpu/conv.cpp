@@ -3,174 +3,37 @@
 //   r_in     = input_epilogue(J_x^T s, x)       [N, C, ...]
 //   feedback = weight_epilogue(J_W^T s, W),  bias: weight_epilogue(sum of s over N and space, b)
 // Everything runs in channels last when x or the reward comes so, else in the plain layout.
-#include "../layout.h"
-#include "signal.h"
+#include "channel_sums.h"
+#include "conv_layer.h"
+#include "matrix_range.h"
 #include "update.h"
 
 namespace lfp::cpu {
 namespace {
 
 constexpr const char* kOp = "conv_redistribute";
-constexpr int64_t kLanes = 32;               // partial sums, enough for every vector width
-constexpr int64_t kPiece = 512;              // values added up before float64 takes over
-constexpr int64_t kChunkElements = 1 << 19;  // signal elements per thread that stay in its cache
-constexpr int64_t kVectorChannels = 16;      // channels of one vector of the plain-layout kernels
 
-using Redistributed = std::tuple<Tensor, Tensor, Tensor>;
+using Layer = ConvLayer;
+using Need = ConvNeed;
 
-// One call's arguments, checked in Python, dense, and in one format.
-struct Layer {
-  MemoryFormat format;
-  Tensor x, weight, z, reward;  // [N, C, ...], kernel, [N, O, ...] twice
-  ConvGeometry geometry;
-  RuleCall call;
-  bool empty() const { return x.numel() == 0 || reward.numel() == 0; }
-};
-
-Layer layer_of(const Tensor& x, const Tensor& weight, const Tensor& z, const Tensor& reward,
-               const ConvGeometry& geometry, const RuleCall& call) {
-  const auto format =
-      channels_last_or_plain(x, strided_channels_last(x) || strided_channels_last(reward));
-  const Tensor r = in_format(reward, format);
-  const bool reads_z = !(call.chain & kSignalIn);
-  return {
-      format, in_format(x, format), dense(weight), reads_z ? in_format(z, format) : r, r, geometry,
-      call};
-}
-
-// Samples per chunk. Chunks keep the signal and the raw input product in cache and out of freshly
-// mapped memory; a chunk is worth its own pass over the weights, and feeds every thread.
-int64_t chunk_samples(const Layer& layer) {
-  const int64_t n = layer.x.size(0), threads = torch::stable::get_num_threads();
-  const int64_t sample = std::max(layer.x.numel(), layer.reward.numel()) / n;
-  const int64_t elements = threads * std::max(kChunkElements, 16 * layer.weight.numel());
-  const int64_t most = std::max(elements / sample / threads, int64_t(1)) * threads;
-  const int64_t chunks = (n + most - 1) / most;
-  const int64_t even = (n + chunks - 1) / chunks;
-  return (even + threads - 1) / threads * threads;
-}
-
-// Samples [first, first + count) of a dense t, the layer's own.
-Tensor samples(const Tensor& t, int64_t first, int64_t count, int64_t itemsize) {
-  Ints sizes(t.sizes().begin(), t.sizes().end());
-  const Ints strides(t.strides().begin(), t.strides().end());
-  sizes[0] = count;
-  char* base = static_cast<char*>(t.data_ptr()) + first * strides[0] * itemsize;
-  return torch::stable::from_blob(base, sizes, strides, t.device(), t.scalar_type());
-}
-
-bool all_equal(const Ints& values, int64_t value) {
-  return std::all_of(values.begin(), values.end(), [=](int64_t v) { return v == value; });
-}
-
-// J_x^T s of a depthwise convolution with stride 1 is a depthwise convolution with the reversed
-// kernel, which oneDNN runs twice as fast in channels last. Nothing where that does not apply.
-template <class P>
-std::optional<Tensor> depthwise_input(const Layer& layer, const Tensor& s, const Tensor& weight) {
-  const ConvGeometry& g = layer.geometry;
-  const int64_t channels = weight.size(0), taps = weight.numel() / channels;
-  if (std::is_same_v<P, double> || layer.format == MemoryFormat::Contiguous || g.transposed ||
-      g.groups != channels || weight.size(1) != 1 || !all_equal(g.stride, 1))
-    return std::nullopt;
-  ConvGeometry reversed = g;
-  for (size_t d = 0; d < g.padding.size(); ++d) {
-    reversed.padding[d] = g.dilation[d] * (weight.size(d + 2) - 1) - g.padding[d];
-    if (reversed.padding[d] < 0) return std::nullopt;
-  }
-  const Tensor kernel = torch::stable::empty_like(weight);
-  const P* from = data<P>(weight);
-  P* to = data<P>(kernel);
-  for (int64_t c = 0; c < channels; ++c)
-    std::reverse_copy(from + c * taps, from + (c + 1) * taps, to + c * taps);
-  return convolution(s, kernel, std::nullopt, reversed, false);
-}
-
-template <class P>
-Tensor input_product(const Layer& layer, const Tensor& s, const Tensor& x, const Tensor& weight) {
-  const auto depthwise = depthwise_input<P>(layer, s, weight);
-  return in_format(
-      depthwise.has_value() ? *depthwise : convolution_input(s, x, weight, layer.geometry),
-      layer.format);
-}
-
-// J_W^T s, contiguous. In the plain layout oneDNN fills channels up to a whole vector; channels
-// last does not, and repays the two copies.
-template <class P>
-Tensor weight_product(const Layer& layer, const Tensor& s, const Tensor& x, const Tensor& weight) {
-  const int64_t channels = x.size(1);
-  const bool convert = !std::is_same_v<P, double> && layer.format == MemoryFormat::Contiguous &&
-                       x.dim() == 4 && layer.geometry.groups == 1 && !layer.geometry.transposed &&
-                       channels > 3 && channels % kVectorChannels != 0;
-  const auto format = convert ? MemoryFormat::ChannelsLast : layer.format;
-  return in_format(
-      convolution_weight(in_format(s, format), in_format(x, format), weight, layer.geometry),
-      MemoryFormat::Contiguous);
-}
-
-// sums[k] = sum of s[k, :], for k < rows.
-template <class P>
-LFP_CLONES void row_sums(const P* s, int64_t rows, int64_t width, double* sums) {
-  for (int64_t k = 0; k < rows; ++k, s += width) {
-    sums[k] = 0;
-    for (int64_t begin = 0; begin < width; begin += kPiece * kLanes) {
-      const int64_t end = std::min(width, begin + kPiece * kLanes);
-      const int64_t whole = end - (end - begin) % kLanes;
-      Acc<P> lanes[kLanes] = {};
-      for (int64_t i = begin; i < whole; i += kLanes)
-        for (int64_t j = 0; j < kLanes; ++j) lanes[j] += load(s, i + j);
-      for (int64_t i = whole; i < end; ++i) lanes[i - whole] += load(s, i);
-      Acc<P> sum(0);
-      for (int64_t j = 0; j < kLanes; ++j) sum += lanes[j];
-      sums[k] += sum;
-    }
-  }
-}
-
-// sums[j] += sum of s[:, j], for j < width.
-template <class P>
-LFP_CLONES void column_sums(const P* s, int64_t rows, int64_t width, Acc<P>* sums) {
-  for (int64_t k = 0; k < rows; ++k, s += width)
-#pragma GCC ivdep
-    for (int64_t j = 0; j < width; ++j) sums[j] += load(s, j);
-}
-
-// sums[k, O] = sums over the k-th piece of `pixels` pixels of s[pixels, O]. Few channels: several
-// pixels make one row, so that rows fill the vector units.
-template <class P>
-void pixel_sums(const P* s, int64_t first, int64_t last, int64_t pixels, int64_t total,
-                int64_t channels, double* sums) {
-  const int64_t pack = (kLanes + channels - 1) / channels, width = pack * channels;
-  std::vector<Acc<P>> lanes(width);
-  for (int64_t k = first; k < last; ++k) {
-    const int64_t begin = k * pixels, count = std::min(pixels, total - begin);
-    const int64_t rows = count / pack;
-    std::fill(lanes.begin(), lanes.end(), Acc<P>(0));
-    column_sums(s + begin * channels, rows, width, lanes.data());
-    column_sums(s + (begin + rows * pack) * channels, 1, (count - rows * pack) * channels,
-                lanes.data());
-    for (int64_t j = 0; j < width; ++j) sums[k * channels + j % channels] += lanes[j];
-  }
-}
-
-// sums[O] += sum over batch and space of s[N,O,...]. Plain: the sums of all planes first. Channels
-// last: the sums of pieces of pixels first. Neither depends on the number of threads.
-template <class P>
-void add_channel_sums(const Tensor& s, MemoryFormat format, double* sums) {
-  const int64_t channels = s.size(1), total = s.numel() / channels;
-  const bool plain = format == MemoryFormat::Contiguous;
-  const int64_t pixels = plain ? total / s.size(0) : kPiece;
-  const int64_t pieces = (total + pixels - 1) / pixels;
-  std::vector<double> partial(pieces * channels, 0.0);
-  const P* from = data<P>(s);
-  const int64_t grain = std::max<int64_t>(kGrain / (pixels * channels), 1);
-  torch::stable::parallel_for(0, pieces, grain, [&](int64_t first, int64_t last) {
-    if (plain)
-      return row_sums(from + first * channels * pixels, (last - first) * channels, pixels,
-                      partial.data() + first * channels);
-    pixel_sums(from, first, last, pixels, total, channels, partial.data());
+// M of the input product, in the product type: the weight itself where a rule has no other.
+template <class T, class P>
+Tensor feedback_matrix(const Layer& layer) {
+  const Matrix kind = RuleCode(layer.call.rule).matrix;
+  if (kind == Matrix::kWeight) return as_product_type<T, P>(layer.weight);
+  if (kind == Matrix::kGiven) return as_product_type<T, P>(*layer.matrix);
+  const Tensor result =
+      torch::stable::new_empty(layer.weight, layer.weight.sizes(), scalar_type_of<P>());
+  const T* w = data<T>(layer.weight);
+  const T* given = layer.matrix.has_value() ? data<T>(*layer.matrix) : nullptr;
+  P* to = data<P>(result);
+  const auto p = rule_params<Acc<T>>(layer.call.params);
+  dispatch_formed_matrix(kind, [&](auto constant) {
+    torch::stable::parallel_for(0, result.numel(), kGrain, [=](int64_t begin, int64_t end) {
+      matrix_range<decltype(constant)::value>(w, given, begin, end - begin, p, to + begin);
+    });
   });
-  for (int64_t k = 0; k < pieces; ++k)
-    for (int64_t c = 0; c < channels; ++c) sums[c] += partial[k * channels + c];
+  return result;
 }
 
 // to[i] = finish(g[i], x[i])
@@ -179,16 +42,12 @@ void finish_input(const Layer& layer, const Tensor& g, const Tensor& x, const Te
   const P* gp = data<P>(g);
   const T* xp = data<T>(x);
   T* out = data<T>(to);
-  with_input_epilogue<T>(layer.call, kOp, [&](auto finish) {
+  with_input_epilogue<T>(layer.call, [&](auto finish) {
     parallel_loop(g.numel(), [=](int64_t i) {
       store(out, i, finish(static_cast<Acc<T>>(gp[i]), load(xp, i)));
     });
   });
 }
-
-struct Need {
-  bool input, weight, bias;
-};
 
 // What the two products and the bias sum make of the reward, before the weight epilogues.
 template <class T, class P>
@@ -205,7 +64,8 @@ struct Products {
       return;
     }
     const int64_t n = layer.x.size(0), step = chunk_samples(layer);
-    const Tensor w = as_product_type<T, P>(layer.weight);
+    const Tensor w =
+        need.input ? feedback_matrix<T, P>(layer) : as_product_type<T, P>(layer.weight);
     // One chunk gets its epilogue in place.
     const bool in_place = step >= n && std::is_same_v<T, P>;
     if (need.input && !in_place) input_reward = torch::stable::empty_like(layer.x);
@@ -247,7 +107,7 @@ template <class T, class Raw>
 void feedback(const Raw* raw, const T* w, T* to, int64_t n, const RuleCall& call) {
   using A = Acc<T>;
   const auto p = rule_params<A>(call.params);
-  dispatch_rule<A>(call.rule, kOp, [&](auto functor) {
+  dispatch_weight_epilogue<A>(RuleCode(call.rule).weight, kOp, [&](auto functor) {
     using Rule = decltype(functor);
     torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
       feedback_range<T, Rule>(raw + begin, w + begin, to + begin, end - begin, p);
@@ -256,14 +116,16 @@ void feedback(const Raw* raw, const T* w, T* to, int64_t n, const RuleCall& call
 }
 
 Redistributed conv_redistribute(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
-                                Tensor reward, Ints stride, Ints padding, Ints dilation,
-                                bool transposed, Ints output_padding, int64_t groups, int64_t rule,
-                                Params params, bool need_input, bool need_weight, bool need_bias,
-                                int64_t chain, ScalarType product) {
-  const Layer layer = layer_of(x, weight, z, reward,
+                                Tensor reward, std::optional<Tensor> matrix, Ints stride,
+                                Ints padding, Ints dilation, bool transposed, Ints output_padding,
+                                int64_t groups, int64_t rule, Params params, bool need_input,
+                                bool need_weight, bool need_bias, int64_t chain,
+                                ScalarType product) {
+  const Layer layer = layer_of(x, weight, z, reward, matrix,
                                {stride, padding, dilation, transposed, output_padding, groups},
                                {rule, chain, params});
   const Need need{need_input, need_weight, need_bias && bias.has_value()};
+  if (RuleCode(rule).split()) return conv_redistribute_split(layer, bias, need);
   Redistributed result{none_like(x), none_like(weight), none_like(weight)};
   dispatch_types(x.scalar_type(), product, kOp, [&](auto element, auto factor) {
     using T = decltype(element);
@@ -293,7 +155,7 @@ void update(const Raw* raw, const Tensor& param, const std::vector<Tensor>& stat
   const auto p = rule_params<A>(call.params);
   const auto h = optimizer_params<A>(hyper);
   T* w = data<T>(param);
-  dispatch_rule<A>(call.rule, kOp, [&](auto functor) {
+  dispatch_weight_epilogue<A>(RuleCode(call.rule).weight, kOp, [&](auto functor) {
     dispatch_optimizer<A>(optimizer, kOp, [&](auto step) {
       using Rule = decltype(functor);
       using Optimizer = decltype(step);
@@ -306,16 +168,20 @@ void update(const Raw* raw, const Tensor& param, const std::vector<Tensor>& stat
 }
 
 Tensor conv_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
-                                Tensor reward, std::vector<Tensor> weight_state,
-                                std::vector<Tensor> bias_state, Ints stride, Ints padding,
-                                Ints dilation, bool transposed, Ints output_padding, int64_t groups,
-                                int64_t rule, Params params, int64_t optimizer, Params hyper,
-                                int64_t bias_optimizer, Params bias_hyper, bool need_input,
-                                int64_t chain, ScalarType product) {
+                                Tensor reward, std::optional<Tensor> matrix,
+                                std::vector<Tensor> weight_state, std::vector<Tensor> bias_state,
+                                Ints stride, Ints padding, Ints dilation, bool transposed,
+                                Ints output_padding, int64_t groups, int64_t rule, Params params,
+                                int64_t optimizer, Params hyper, int64_t bias_optimizer,
+                                Params bias_hyper, bool need_input, int64_t chain,
+                                ScalarType product) {
   LFP_CHECK(weight.is_contiguous(), "conv_redistribute_update", "weight must be contiguous");
-  const Layer layer = layer_of(x, weight, z, reward,
+  const Layer layer = layer_of(x, weight, z, reward, matrix,
                                {stride, padding, dilation, transposed, output_padding, groups},
                                {rule, chain, params});
+  if (RuleCode(rule).split())
+    return conv_update_split(layer, bias, need_input, {optimizer, hyper, weight_state},
+                             {bias_optimizer, bias_hyper, bias_state});
   Tensor input_reward = none_like(x);
   dispatch_types(x.scalar_type(), product, kOp, [&](auto element, auto factor) {
     using T = decltype(element);

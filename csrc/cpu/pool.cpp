@@ -185,6 +185,21 @@ void spread(const Pool& pool, const Tensor& x, const Tensor& z, const Tensor& r,
   });
 }
 
+// visit(prologue, finish): the pairs that occur, each compiled once.
+template <class A, class Visit>
+void with_functions(const RuleCall& call, const char* op, Visit visit) {
+  const auto p = rule_params<A>(call.params);
+  // A reward that is the signal already takes the gradient's prologue: the identity.
+  const int64_t prologue = (call.chain & kSignalIn) ? int64_t(kGradient) : call.rule;
+  dispatch_rule<A>(prologue, op, [&](auto functor) {
+    if (call.chain & kSignalOut)
+      return visit(functor, [p](A g, A x) { return chain_epilogue(g, x, p); });
+    if (call.rule != kGradient) return visit(functor, [](A g, A x) { return g * x; });
+    if constexpr (std::is_same_v<decltype(functor), Gradient<A>>)
+      visit(functor, [](A g, A) { return g; });
+  });
+}
+
 Tensor redistribute(const Pool& pool, const Tensor& x, const Tensor& z, const Tensor& reward,
                     const RuleCall& call, const char* op) {
   const bool channels_last = strided_channels_last(x);
@@ -197,13 +212,8 @@ Tensor redistribute(const Pool& pool, const Tensor& x, const Tensor& z, const Te
   dispatch_dtype(x.scalar_type(), op, [&](auto element) {
     using T = decltype(element);
     using A = Acc<T>;
-    // A reward that is the signal already takes the gradient's prologue: the identity.
-    const int64_t prologue = (call.chain & kSignalIn) ? int64_t(kGradient) : call.rule;
-    dispatch_rule<A>(prologue, op, [&](auto functor) {
-      using Prologue = decltype(functor);
-      with_input_epilogue<T>(call, op, [&](auto finish) {
-        spread<T, Prologue>(pool, xd, zd, r, out, channels_last, call.params, finish);
-      });
+    with_functions<A>(call, op, [&](auto functor, auto finish) {
+      spread<T, decltype(functor)>(pool, xd, zd, r, out, channels_last, call.params, finish);
     });
   });
   return out;

@@ -51,10 +51,9 @@ void signal_range(const T* r, const T* z, P* s, int64_t n, const RuleCall& call,
   const auto p = rule_params<A>(call.params);
   if (call.chain & kSignalIn)
     return parallel_loop(n, [=](int64_t i) { s[i] = static_cast<P>(load(r, i)); });
-  dispatch_rule<A>(call.rule, op, [&](auto functor) {
-    using Rule = decltype(functor);
-    parallel_loop(
-        n, [=](int64_t i) { s[i] = static_cast<P>(Rule::prologue(load(r, i), load(z, i), p)); });
+  dispatch_prologue(RuleCode(call.rule).prologue, op, [&](auto prologue) {
+    parallel_loop(n,
+                  [=](int64_t i) { s[i] = static_cast<P>(prologue(load(r, i), load(z, i), p)); });
   });
 }
 
@@ -67,16 +66,21 @@ Tensor signal(const Tensor& reward, const Tensor& z, const RuleCall& call, const
   return s;
 }
 
-// visit(finish) with finish(g, x): x * g, or x / stab(x) * g when the layer below takes its signal.
+// visit(finish) with finish(g, x): the input epilogue, and what the layer below wants of it.
 template <class T, class Visit>
-void with_input_epilogue(const RuleCall& call, const char* op, Visit visit) {
+void with_input_epilogue(const RuleCall& call, Visit visit) {
   using A = Acc<T>;
   const auto p = rule_params<A>(call.params);
   if (call.chain & kSignalOut) return visit([p](A g, A x) { return chain_epilogue(g, x, p); });
-  dispatch_rule<A>(call.rule, op, [&](auto functor) {
-    using Rule = decltype(functor);
-    visit([p](A g, A x) { return Rule::input_epilogue(g, x, p); });
-  });
+  const int64_t below = call.chain & (kReluBelow | kTanhBelow | kSigmoidBelow);
+  if (RuleCode(call.rule).input == InputEpilogue::kTimesInput)
+    return visit([below](A g, A x) { return derivative_below(g * x, x, below); });
+  switch (below) {
+    case 0: return visit([](A g, A) { return g; });
+    case kReluBelow: return visit([](A g, A x) { return derivative_below(g, x, kReluBelow); });
+    case kTanhBelow: return visit([](A g, A x) { return derivative_below(g, x, kTanhBelow); });
+    default: return visit([](A g, A x) { return derivative_below(g, x, kSigmoidBelow); });
+  }
 }
 
 // feedback[count] = weight_epilogue(raw, w)

@@ -28,4 +28,23 @@ void update_range(const Raw* raw, T* w, T* a, T* b, int64_t count, RuleParams<Ac
   });
 }
 
+// One optimizer's step of a parameter.
+struct StepCall {
+  int64_t optimizer;
+  const Params& hyper;
+  const std::vector<Tensor>& states;
+};
+
+// param[at : at + count] and its states take one step along finished feedback.
+template <class T>
+void step_range(const StepCall& call, T* param, int64_t at, int64_t count, const Acc<T>* feedback,
+                const char* op) {
+  using A = Acc<T>;
+  dispatch_optimizer<A>(call.optimizer, op, [&](auto optimizer) {
+    update_range<T, Gradient<A>, decltype(optimizer)>(
+        feedback, param + at, state<T>(call.states, 0, at), state<T>(call.states, 1, at), count, {},
+        optimizer_params<A>(call.hyper));
+  });
+}
+
 }  // namespace lfp::cpu

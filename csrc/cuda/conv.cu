@@ -5,9 +5,9 @@
 // Each is an implicit product: operands read x, r and z where the kernel's window lies, epilogues
 // write the results; s, the raw products and unfolded tensors exist in no memory.
 // Everything runs in channels last when x or the reward comes so, else in the plain layout.
-#include <cstdlib>
-
 #include "conv_direct.cuh"
+#include "conv_rules.h"
+#include "made_matrix.cuh"
 #include "product_types.cuh"
 
 namespace lfp::cuda {
@@ -15,75 +15,8 @@ namespace {
 
 constexpr const char* kOp = "conv_redistribute";
 
-struct Geometry {
-  Ints stride, padding, dilation;
-  bool transposed;
-  int64_t groups;
-};
-
-int to_int(int64_t v) {
-  LFP_CHECK(v < (int64_t(1) << 31), "conv", "expected sizes below 2^31, got ", v);
-  return static_cast<int>(v);
-}
-
-// 64-bit positions on small tensors too, for tests.
-bool forces_index64() {
-  static const bool force = std::getenv("LFP_KERNELS_INDEX64") != nullptr;
-  return force;
-}
-
-Side side_of(const Tensor& t, bool channels_last) {
-  Side side{t.size(0), to_int(t.size(1))};
-  for (int64_t d = 2; d < t.dim(); ++d) side.size[kAxes - t.dim() + d] = to_int(t.size(d));
-  side.channels_last = channels_last;
-  to_int(side.plane());
-  return side;
-}
-
-// The shapes of one call. W is [small channels, large channels / groups, ...].
-struct Shapes {
-  Side x, z;
-  Axis down[kAxes], up[kAxes];
-  bool transposed, index64, channels_last;
-  int groups, taps = 1;
-
-  Shapes(const Tensor& x_, const Tensor& z_, const Tensor& weight, const Geometry& g, bool last)
-      : x(side_of(x_, last)),
-        z(side_of(z_, last)),
-        transposed(g.transposed),
-        channels_last(last),
-        groups(to_int(g.groups)) {
-    constexpr int64_t kLargest = (int64_t(1) << 31) - (1 << 16);  // beyond: the edges of tiles
-    index64 = forces_index64() || x_.numel() >= kLargest || z_.numel() >= kLargest;
-    LFP_CHECK(weight.numel() < kLargest, "conv", "weight: expected fewer than 2^31 elements");
-    for (int64_t k = 0; k < weight.dim() - 2; ++k) {
-      const int64_t d = kAxes - (weight.dim() - 2) + k;
-      const int kernel = to_int(weight.size(k + 2)), stride = to_int(g.stride[k]),
-                pad = to_int(g.padding[k]), dilation = to_int(g.dilation[k]);
-      taps *= kernel;
-      down[d] = Axis::down(large().size[d], small().size[d], kernel, stride, pad, dilation);
-      up[d] = Axis::up(large().size[d], small().size[d], kernel, stride, pad, dilation);
-    }
-  }
-  const Side& large() const { return transposed ? z : x; }
-  const Side& small() const { return transposed ? x : z; }
-  int large_channels() const { return large().channels / groups; }
-  int small_channels() const { return small().channels / groups; }
-  bool direct() const { return int64_t(large_channels()) * small_channels() <= kDirectPairs; }
-
-  Window window(bool is_up) const {
-    return is_up ? Window(up, small(), groups, index64) : Window(down, large(), groups, index64);
-  }
-  // Every position of a side, seen as it is.
-  Window identity(const Side& side) const {
-    Axis axes[kAxes];
-    for (int d = 0; d < kAxes; ++d) axes[d].source = axes[d].target = side.size[d];
-    return Window(axes, side, groups, index64);
-  }
-};
-
-MemoryFormat format_of(const Tensor& x, bool channels_last) {
-  return channels_last_or_plain(x, channels_last);
+bool is_direct(const Shapes& shapes) {
+  return int64_t(shapes.large_channels()) * shapes.small_channels() <= kDirectPairs;
 }
 
 template <class T>
@@ -105,34 +38,31 @@ PlaneOperand<T, kAlong> plane_operand(const ElementSource<T>& source, const Wind
 // The kernel of a layer in the order that its operands want: taps before channels in channels
 // last. That copy is one pass over W, which every tile of positions then reads by 16 bytes.
 Tensor kernel_in_format(const Tensor& weight, const Shapes& shapes) {
-  if (shapes.direct() || !shapes.channels_last) return dense(weight);
+  if (is_direct(shapes) || !shapes.channels_last) return dense(weight);
   return in_format(weight, format_of(weight, true));
 }
 
 // Sums at the positions of the small side (down) or the large one (up).
 template <class T, class P>
 void position_product(const Shapes& shapes, bool up, const ElementSource<T>& source,
-                      const Tensor& weight, const RuleCall<Acc<T>>& rule,
-                      const PositionSums<T>& sums, const Device& device) {
+                      const Tensor& weight, const PositionSums<T>& sums, const Device& device) {
   const Window window = shapes.window(up);
   const Side& target = up ? shapes.large() : shapes.small();
   const Strides strides(target);
   const int channels = target.channels / shapes.groups;
-  const bool is_input = sums.x != nullptr;
   const T* w = data<T>(weight);
-  if (shapes.direct()) {
+  if (is_direct(shapes)) {
     const auto run = [&](auto pixels) {
       DirectSums<T, pixels> f{source, w, window, strides, target.channels};
       f.by_targets = FastDivide(channels);
       f.sums = sums;
-      f.rule = rule;
-      f.up = up, f.takes_rule = is_input;
+      f.up = up;
       direct_sums<P>(f, device);
     };
     return shapes.channels_last ? run(std::true_type{}) : run(std::false_type{});
   }
   const int64_t n = window.positions.count(), k = int64_t(window.most_taps()) * window.channels;
-  KernelOperand<T> kernel{w, window, channels, rule, false, is_input, up};
+  KernelOperand<T> kernel{w, window, channels, false, up};
   if (shapes.channels_last) {
     const bool reads = allows_packs<T>(window.channels) && source.aligned();
     const PixelOperand<T, true> left{source, window, reads};
@@ -180,7 +110,7 @@ void kernel_product(const Shapes& shapes, const ElementSource<T>& s, const Eleme
                     const ParameterUpdate<T>& to_bias, const Tensor& like, const Device& device) {
   const bool wants_weight = to_weight.param != nullptr, wants_bias = to_bias.param != nullptr;
   const int rows = shapes.small_channels(), channels = shapes.large_channels(), taps = shapes.taps;
-  const bool tap_major = shapes.channels_last && taps > 1 && !shapes.direct();
+  const bool tap_major = shapes.channels_last && taps > 1 && !is_direct(shapes);
   const bool together =
       !tap_major && allows_packs<T>(int64_t(channels) * taps) && to_weight.aligned();
   KernelEpilogue<T> epilogue{to_weight,   to_bias,  rule,
@@ -192,7 +122,7 @@ void kernel_product(const Shapes& shapes, const ElementSource<T>& s, const Eleme
 
   const Window window = shapes.window(false);
   const auto &small = shapes.transposed ? x : s, &large = shapes.transposed ? s : x;
-  if (shapes.direct()) {
+  if (is_direct(shapes)) {
     const auto run = [&](auto pixels) {
       DirectKernelSums<T, pixels> f{small, large, window, Strides(shapes.small())};
       f.by_channels = FastDivide(channels), f.by_rows = FastDivide(rows);
@@ -215,60 +145,53 @@ void kernel_product(const Shapes& shapes, const ElementSource<T>& s, const Eleme
   tiled_product<P>(rows, n, k, left, right, epilogue, like, device, shapes.groups);
 }
 
-// One call's arguments, checked in Python, dense, and in one format.
-struct Layer {
-  bool channels_last;
-  Tensor x, z, reward;
-  Shapes shapes;
-
-  Layer(const Tensor& x_, const Tensor& weight, const Tensor& z_, const Tensor& reward_,
-        const Geometry& geometry, int64_t chain)
-      : channels_last(strided_channels_last(x_) || strided_channels_last(reward_)),
-        x(in_format(x_, format_of(x_, channels_last))),
-        z(chain & kSignalIn ? reward_ : in_format(z_, format_of(x_, channels_last))),
-        reward(in_format(reward_, format_of(x_, channels_last))),
-        shapes(x, reward, weight, geometry, channels_last) {}
-
-  template <class T>
-  ElementSource<T> signal(const RuleCall<Acc<T>>& rule) const {
-    return {data<T>(reward), data<T>(z), rule};
-  }
-};
-
 Tensor empty(const Tensor& like, const Ints& sizes, bool channels_last) {
   return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               format_of(like, channels_last));
 }
 
-template <class T, class P>
-Tensor redistribute_input(const Layer& layer, const Tensor& weight, const RuleCall<Acc<T>>& rule,
-                          const Device& device) {
+Tensor input_reward_of(const ConvLayer& layer) {
   const auto sizes = layer.x.sizes();
-  const Tensor reward = empty(layer.x, Ints(sizes.begin(), sizes.end()), layer.channels_last);
+  return empty(layer.x, Ints(sizes.begin(), sizes.end()), layer.channels_last);
+}
+
+template <class T, class P>
+Tensor redistribute_input(const ConvLayer& layer, const Tensor& weight, const Tensor& matrix,
+                          const RuleCall<Acc<T>>& rule, const Device& device) {
+  const Tensor reward = input_reward_of(layer);
+  if (is_made(rule.code)) {
+    input_through_made_kernel<T>(layer, weight, dense(matrix), rule, reward, device);
+    return reward;
+  }
   const PositionSums<T> sums{data<T>(reward), data<T>(layer.x), nullptr, false, rule};
-  const Tensor kernel = kernel_in_format(weight, layer.shapes);
+  const Tensor kernel = kernel_in_format(matrix, layer.shapes);
   position_product<T, P>(layer.shapes, !layer.shapes.transposed, layer.signal<T>(rule), kernel,
-                         rule, sums, device);
+                         sums, device);
   return reward;
 }
 
 using Redistributed = std::tuple<Tensor, Tensor, Tensor>;
 
 Redistributed conv_redistribute(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
-                                Tensor reward, Ints stride, Ints padding, Ints dilation,
-                                bool transposed, Ints output_padding, int64_t groups, int64_t rule,
-                                Params params, bool need_input, bool need_weight, bool need_bias,
-                                int64_t chain, ScalarType product) {
+                                Tensor reward, std::optional<Tensor> matrix, Ints stride,
+                                Ints padding, Ints dilation, bool transposed, Ints output_padding,
+                                int64_t groups, int64_t rule, Params params, bool need_input,
+                                bool need_weight, bool need_bias, int64_t chain,
+                                ScalarType product) {
   const Device device(x);
-  const Layer layer(x, weight, z, reward, {stride, padding, dilation, transposed, groups}, chain);
+  const ConvLayer layer(x, weight, z, reward, {stride, padding, dilation, transposed, groups},
+                        reads_output(RuleCode(rule), chain));
   Redistributed result{none_like(x), none_like(weight), none_like(weight)};
   dispatch_product(x.scalar_type(), product, kOp, [&](auto element, auto factor) {
     using T = decltype(element);
     using P = decltype(factor);
     const RuleCall<Acc<T>> call(rule, chain, params, kOp);
-    if (need_input) std::get<0>(result) = redistribute_input<T, P>(layer, weight, call, device);
     ParameterUpdate<T> to_weight, to_bias;
     const Tensor w = dense(weight), b = bias.has_value() ? dense(*bias) : none_like(weight);
+    Tensor& input_reward = std::get<0>(result);
+    if (need_input && !call.code.split())
+      input_reward =
+          redistribute_input<T, P>(layer, w, matrix.has_value() ? *matrix : weight, call, device);
     if (need_weight) {
       std::get<1>(result) = torch::stable::empty_like(w);
       to_weight = feedback_into<T>(w, std::get<1>(result));
@@ -277,6 +200,13 @@ Redistributed conv_redistribute(Tensor x, Tensor weight, std::optional<Tensor> b
       std::get<2>(result) = torch::stable::empty_like(b);
       to_bias = feedback_into<T>(b, std::get<2>(result));
     }
+    if (call.code.split()) {
+      if (need_input) input_reward = input_reward_of(layer);
+      redistribute_split<T>(layer, w, bias.has_value() ? data<T>(b) : nullptr, call,
+                            chain & kNonnegative, need_input ? &input_reward : nullptr, to_weight,
+                            to_bias, device);
+      return;
+    }
     kernel_product<T, P>(layer.shapes, layer.signal<T>(call), plain_source<T>(layer.x), call,
                          to_weight, to_bias, layer.x, device);
   });
@@ -284,16 +214,18 @@ Redistributed conv_redistribute(Tensor x, Tensor weight, std::optional<Tensor> b
 }
 
 Tensor conv_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
-                                Tensor reward, std::vector<Tensor> weight_state,
-                                std::vector<Tensor> bias_state, Ints stride, Ints padding,
-                                Ints dilation, bool transposed, Ints output_padding, int64_t groups,
-                                int64_t rule, Params params, int64_t optimizer, Params hyper,
-                                int64_t bias_optimizer, Params bias_hyper, bool need_input,
-                                int64_t chain, ScalarType product) {
+                                Tensor reward, std::optional<Tensor> matrix,
+                                std::vector<Tensor> weight_state, std::vector<Tensor> bias_state,
+                                Ints stride, Ints padding, Ints dilation, bool transposed,
+                                Ints output_padding, int64_t groups, int64_t rule, Params params,
+                                int64_t optimizer, Params hyper, int64_t bias_optimizer,
+                                Params bias_hyper, bool need_input, int64_t chain,
+                                ScalarType product) {
   const char* op = "conv_redistribute_update";
   LFP_CHECK(weight.is_contiguous(), "conv_redistribute_update", "weight must be contiguous");
   const Device device(x);
-  const Layer layer(x, weight, z, reward, {stride, padding, dilation, transposed, groups}, chain);
+  const ConvLayer layer(x, weight, z, reward, {stride, padding, dilation, transposed, groups},
+                        reads_output(RuleCode(rule), chain));
   Tensor input_reward = none_like(x);
   dispatch_product(x.scalar_type(), product, op, [&](auto element, auto factor) {
     using T = decltype(element);
@@ -301,10 +233,18 @@ Tensor conv_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor> b
     const RuleCall<Acc<T>> call(rule, chain, params, op);
     const auto to_weight = update_in_place<T>(weight, weight_state, optimizer, hyper, op);
     ParameterUpdate<T> to_bias;
-    if (bias.has_value())
+    if (bias.has_value() && bias_optimizer != kFrozen)
       to_bias = update_in_place<T>(*bias, bias_state, bias_optimizer, bias_hyper, op);
+    if (call.code.split()) {
+      if (need_input) input_reward = input_reward_of(layer);
+      redistribute_split<T>(layer, weight, bias.has_value() ? data<T>(*bias) : nullptr, call,
+                            chain & kNonnegative, need_input ? &input_reward : nullptr, to_weight,
+                            to_bias, device);
+      return;
+    }
     if (need_input)  // reads W before the launch that changes it
-      input_reward = redistribute_input<T, P>(layer, weight, call, device);
+      input_reward = redistribute_input<T, P>(layer, weight, matrix.has_value() ? *matrix : weight,
+                                              call, device);
     kernel_product<T, P>(layer.shapes, layer.signal<T>(call), plain_source<T>(layer.x), call,
                          to_weight, to_bias, layer.x, device);
   });
@@ -340,7 +280,7 @@ Tensor conv_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints st
         using P = decltype(factor);
         const T* add = bias.has_value() ? data<T>(b) : nullptr;
         const PositionSums<T> sums{data<T>(z), nullptr, add, relu};
-        position_product<T, P>(shapes, transposed, plain_source<T>(x), kernel, {}, sums, device);
+        position_product<T, P>(shapes, transposed, plain_source<T>(x), kernel, sums, device);
       });
   return z;
 }

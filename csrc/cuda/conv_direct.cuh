@@ -40,8 +40,7 @@ struct DirectSums {
   FastDivide64 by_packs;
   FastDivide by_targets;  // channels of the target, of one group
   PositionSums<T> sums;
-  RuleCall<Acc<T>> rule;
-  bool up, takes_rule;
+  bool up;
 };
 
 // A thread makes V channels of one position of the phase blockIdx.y. The 64 registers of four
@@ -95,11 +94,7 @@ __global__ void __launch_bounds__(kDirectThreads, V > 1 && sizeof(T) != 4 ? 3 : 
             f.source.convert(raw, s);
           }
 #pragma unroll
-          for (int v = 0; v < V; ++v) {
-            A m = load(w, v * taps);
-            if (f.takes_rule) m = f.rule.matrix(m);
-            sum[v] += rounded<P>(s[v]) * rounded<P>(m);
-          }
+          for (int v = 0; v < V; ++v) sum[v] += rounded<P>(s[v]) * rounded<P>(load(w, v * taps));
         }
   }
   A add[V] = {};

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "conv_window.cuh"
-#include "rule_call.cuh"
+#include "run.cuh"
 
 namespace lfp::cuda {
 
@@ -12,28 +12,6 @@ namespace lfp::cuda {
 // blocks do not hold them.
 template <class Core>
 inline constexpr int kConvBlocks = std::min(Core::kBlocksPerProcessor, Core::kTileK > 16 ? 2 : 3);
-
-// V elements: neighbours from at[0] on that may be accessed together, or each at its own offset,
-// those at -1 left out.
-template <int V>
-struct Run {
-  int64_t at[V];
-  bool together;
-
-  template <class T>
-  __device__ __forceinline__ void load_from(const T* p, Acc<T> (&out)[V]) const {
-    if (together) return load<V>(p, at[0], out);
-#pragma unroll
-    for (int k = 0; k < V; ++k) out[k] = at[k] >= 0 ? load(p, at[k]) : Acc<T>(0);
-  }
-  template <class T>
-  __device__ __forceinline__ void store_to(T* p, const Acc<T> (&v)[V]) const {
-    if (together) return store<V>(p, at[0], v);
-#pragma unroll
-    for (int k = 0; k < V; ++k)
-      if (at[k] >= 0) store(p, at[k], v[k]);
-  }
-};
 
 // The sums at the positions of one side:
 //   forward         z = sum + bias, relu
@@ -190,24 +168,11 @@ struct KernelEpilogue {
   template <int V>
   __device__ __forceinline__ void update(const ParameterUpdate<T>& to, const Run<V>& run,
                                          Acc<T> (&raw)[V]) const {
-    using A = Acc<T>;
-    A w[V];
+    Acc<T> w[V];
     run.load_from(to.param, w);
 #pragma unroll
     for (int k = 0; k < V; ++k) raw[k] = rule.weight_epilogue(raw[k], w[k]);
-    if (to.feedback) return run.store_to(to.feedback, raw);
-    A a[V] = {}, b[V] = {};
-    if (to.optimizer != kSgd) run.load_from(to.state_a, a);
-    if (to.optimizer == kAdamW) run.load_from(to.state_b, b);
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      if (to.optimizer == kSgd) Sgd<A>::apply(raw[k], w[k], a[k], b[k], to.hyper);
-      if (to.optimizer == kSgdMomentum) SgdMomentum<A>::apply(raw[k], w[k], a[k], b[k], to.hyper);
-      if (to.optimizer == kAdamW) AdamW<A>::apply(raw[k], w[k], a[k], b[k], to.hyper);
-    }
-    run.store_to(to.param, w);
-    if (to.optimizer != kSgd) run.store_to(to.state_a, a);
-    if (to.optimizer == kAdamW) run.store_to(to.state_b, b);
+    take_feedback(to, run, raw, w);
   }
 };
 

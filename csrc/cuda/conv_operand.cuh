@@ -136,7 +136,7 @@ struct PlaneOperand {
   }
 };
 
-// The kernel [groups, small channels, ...], as it is or as the matrix of the rule.
+// The kernel [groups, small channels, ...].
 template <class T>
 struct KernelOperand {
   static constexpr int kWidth = kWide<T>;
@@ -144,17 +144,12 @@ struct KernelOperand {
   const T* p;
   Window window;
   int64_t targets;  // channels made by one group
-  RuleCall<Acc<T>> rule;
-  bool wide, takes_rule;
-  bool up;
+  bool wide, up;
 
   __device__ __forceinline__ void select(int64_t part) { window.select(part); }
   __device__ __forceinline__ void convert(const Raw& raw, Acc<T> (&out)[kWidth]) const {
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      out[j] = static_cast<Acc<T>>(raw.value[j]);
-      if (takes_rule) out[j] = rule.matrix(out[j]);
-    }
+    for (int j = 0; j < kWidth; ++j) out[j] = static_cast<Acc<T>>(raw.value[j]);
   }
 };
 

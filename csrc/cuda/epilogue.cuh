@@ -31,11 +31,11 @@ struct ForwardEpilogue {
   __device__ __forceinline__ void row_sum(int64_t, Acc<T>) const {}
 };
 
-// r_in = input_epilogue(g, x), or the signal of the layer below
-template <class T>
+// r_in = input_epilogue(g, x), or the signal of the layer below; runs of W
+template <class T, int W = kWide<T>>
 struct InputEpilogue {
   using Element = T;
-  static constexpr int kWidth = kWide<T>;
+  static constexpr int kWidth = W;
   static constexpr bool wants_row_sums = false;
   const T* x;
   T* reward;

@@ -5,6 +5,8 @@
 // s exists only inside the operands, the feedback of an update only inside the epilogue.
 #include "epilogue.cuh"
 #include "linear_one_pass.cuh"
+#include "linear_rules.h"
+#include "made_matrix.cuh"
 #include "operand.cuh"
 #include "product_hopper.cuh"
 #include "product_types.cuh"
@@ -22,16 +24,8 @@ void matrix_product(int64_t m, int64_t n, int64_t k, const OperandA& a, const Op
   tiled_product<P>(m, n, k, a, b, epilogue, like, device);
 }
 
-// One call's arguments, checked in Python and dense.
-struct Layer {
-  Tensor x, weight, z, reward;  // [N, I], [O, I], [N, O], [N, O]
-  int64_t n() const { return x.size(0); }
-  int64_t in() const { return weight.size(1); }
-  int64_t out() const { return weight.size(0); }
-};
-
 template <class T, bool kAlong>
-SignalOperand<T, kAlong> signal_operand(const Layer& layer, const RuleCall<Acc<T>>& rule) {
+SignalOperand<T, kAlong> signal_operand(const LinearLayer& layer, const RuleCall<Acc<T>>& rule) {
   const T *r = data<T>(layer.reward), *z = data<T>(layer.z);
   const int64_t out = layer.out();
   return {r, z, layer.n(), out, allows_packs<T>(out) && aligned16(r, z), rule};
@@ -39,12 +33,11 @@ SignalOperand<T, kAlong> signal_operand(const Layer& layer, const RuleCall<Acc<T
 
 // reward[N,I]
 template <class T, class P>
-void redistribute_input(const Layer& layer, const RuleCall<Acc<T>>& rule, Tensor& reward,
+void redistribute_input(const LinearLayer& layer, const RuleCall<Acc<T>>& rule, Tensor& reward,
                         const Device& device) {
+  if (is_made(rule.code)) return input_through_made_matrix<T>(layer, rule, reward, device);
   const auto s = signal_operand<T, true>(layer, rule);
-  auto w = matrix_operand<T, false>(layer.weight, layer.out(), layer.in());
-  w.rule = rule;
-  w.is_weight = true;
+  const auto w = matrix_operand<T, false>(layer.matrix, layer.out(), layer.in());
   const T* x = data<T>(layer.x);
   T* to = data<T>(reward);
   const bool wide = allows_packs<T>(layer.in()) && aligned16(x, to);
@@ -54,7 +47,7 @@ void redistribute_input(const Layer& layer, const RuleCall<Acc<T>>& rule, Tensor
 
 // The feedback of W and b goes where `weight` and `bias` say.
 template <class T, class P>
-void redistribute_weight(const Layer& layer, const RuleCall<Acc<T>>& rule,
+void redistribute_weight(const LinearLayer& layer, const RuleCall<Acc<T>>& rule,
                          const ParameterUpdate<T>& weight, const ParameterUpdate<T>& bias,
                          const Device& device) {
   const auto s = signal_operand<T, false>(layer, rule);
@@ -69,18 +62,18 @@ void redistribute_weight(const Layer& layer, const RuleCall<Acc<T>>& rule,
 
 // Both in one launch over W, for batches up to kBatch; false where that does not apply.
 template <class T, class P>
-bool redistribute_one_pass(const Layer& layer, const RuleCall<Acc<T>>& rule, Tensor* reward,
+bool redistribute_one_pass(const LinearLayer& layer, const RuleCall<Acc<T>>& rule, Tensor* reward,
                            const ParameterUpdate<T>& weight, const ParameterUpdate<T>& bias,
                            const Device& device) {
   using Kernel = OnePassKernel<T, P>;
   const int64_t n = layer.n(), in = layer.in(), out = layer.out();
   if (n == 0 || n > Kernel::kBatch || in == 0 || out == 0 || !weight.param) return false;
+  // W is here for both products: with another matrix in one of them there is nothing to share.
+  if (reward && rule.code.matrix != Matrix::kWeight) return false;
   OnePass<T> p{};
   p.x = matrix_operand<T, false>(layer.x, n, in);
   p.s = signal_operand<T, true>(layer, rule);
   p.w = matrix_operand<T, false>(layer.weight, out, in);
-  p.w.rule = rule;
-  p.w.is_weight = true;
   const bool packs = allows_packs<T>(in);
   p.weight = {weight, bias, in, rule, packs && weight.aligned(), bias.param != nullptr, true};
   if ((p.wants_input = reward != nullptr)) {
@@ -112,14 +105,19 @@ bool redistribute_one_pass(const Layer& layer, const RuleCall<Acc<T>>& rule, Ten
   return true;
 }
 
+LinearLayer layer_of(const Tensor& x, const Tensor& weight, const Tensor& z, const Tensor& reward,
+                     const std::optional<Tensor>& matrix) {
+  return {dense(x), weight, dense(z), dense(reward), matrix.has_value() ? dense(*matrix) : weight};
+}
+
 using Redistributed = std::tuple<Tensor, Tensor, Tensor>;
 
 Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
-                                  Tensor reward, int64_t rule, Params params, bool need_input,
-                                  bool need_weight, bool need_bias, int64_t chain,
-                                  ScalarType product) {
+                                  Tensor reward, std::optional<Tensor> matrix, int64_t rule,
+                                  Params params, bool need_input, bool need_weight, bool need_bias,
+                                  int64_t chain, ScalarType product) {
   const Device device(x);
-  const Layer layer{dense(x), dense(weight), dense(z), dense(reward)};
+  const LinearLayer layer = layer_of(x, dense(weight), z, reward, matrix);
   Redistributed result{none_like(x), none_like(weight), none_like(weight)};
   dispatch_product(x.scalar_type(), product, kOp, [&](auto element, auto factor) {
     using T = decltype(element);
@@ -137,6 +135,9 @@ Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor>
       std::get<2>(result) = torch::stable::empty_like(b);
       to_bias = feedback_into<T>(b, std::get<2>(result));
     }
+    if (call.code.split())
+      return redistribute_split<T>(layer, bias.has_value() ? data<T>(b) : nullptr, call,
+                                   chain & kNonnegative, input_reward, to_weight, to_bias, device);
     if (redistribute_one_pass<T, P>(layer, call, input_reward, to_weight, to_bias, device)) return;
     if (need_input) redistribute_input<T, P>(layer, call, *input_reward, device);
     if (to_weight.param || to_bias.param)
@@ -146,15 +147,15 @@ Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor>
 }
 
 Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
-                                  Tensor reward, std::vector<Tensor> weight_state,
-                                  std::vector<Tensor> bias_state, int64_t rule, Params params,
-                                  int64_t optimizer, Params hyper, int64_t bias_optimizer,
-                                  Params bias_hyper, bool need_input, int64_t chain,
-                                  ScalarType product) {
+                                  Tensor reward, std::optional<Tensor> matrix,
+                                  std::vector<Tensor> weight_state, std::vector<Tensor> bias_state,
+                                  int64_t rule, Params params, int64_t optimizer, Params hyper,
+                                  int64_t bias_optimizer, Params bias_hyper, bool need_input,
+                                  int64_t chain, ScalarType product) {
   const char* op = "linear_redistribute_update";
   LFP_CHECK(weight.is_contiguous(), "linear_redistribute_update", "weight must be contiguous");
   const Device device(x);
-  const Layer layer{dense(x), weight, dense(z), dense(reward)};
+  const LinearLayer layer = layer_of(x, weight, z, reward, matrix);
   Tensor input_reward = none_like(x);
   dispatch_product(x.scalar_type(), product, op, [&](auto element, auto factor) {
     using T = decltype(element);
@@ -162,10 +163,13 @@ Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor>
     const RuleCall<Acc<T>> call(rule, chain, params, op);
     const auto to_weight = update_in_place<T>(weight, weight_state, optimizer, hyper, op);
     ParameterUpdate<T> to_bias;
-    if (bias.has_value())
+    if (bias.has_value() && bias_optimizer != kFrozen)
       to_bias = update_in_place<T>(*bias, bias_state, bias_optimizer, bias_hyper, op);
     if (need_input) input_reward = torch::stable::empty_like(layer.x);
     Tensor* reward_to = need_input ? &input_reward : nullptr;
+    if (call.code.split())
+      return redistribute_split<T>(layer, bias.has_value() ? data<T>(*bias) : nullptr, call,
+                                   chain & kNonnegative, reward_to, to_weight, to_bias, device);
     if (redistribute_one_pass<T, P>(layer, call, reward_to, to_weight, to_bias, device)) return;
     // The input product reads W before the launch that changes it.
     if (need_input) redistribute_input<T, P>(layer, call, input_reward, device);

@@ -12,10 +12,9 @@ bool allows_packs(int64_t cols) {
 }
 
 // Elements (row, col) .. (row, col + V - 1), zeros outside of the matrix.
-template <class T>
-__device__ __forceinline__ Pack<T, kWide<T>> fetch_pack(const T* p, int64_t rows, int64_t cols,
-                                                        int64_t row, int64_t col, bool wide) {
-  constexpr int V = kWide<T>;
+template <class T, int V = kWide<T>>
+__device__ __forceinline__ Pack<T, V> fetch_pack(const T* p, int64_t rows, int64_t cols,
+                                                 int64_t row, int64_t col, bool wide) {
   if (wide && row < rows && col < cols)
     return *reinterpret_cast<const Pack<T, V>*>(p + row * cols + col);
   Pack<T, V> pack;
@@ -25,7 +24,7 @@ __device__ __forceinline__ Pack<T, kWide<T>> fetch_pack(const T* p, int64_t rows
   return pack;
 }
 
-// A matrix as it is: activations, and weights, whose rule may change them on the way in.
+// A matrix as it is.
 template <class T, bool kAlong>
 struct MatrixOperand {
   static constexpr bool kAlongK = kAlong;
@@ -34,18 +33,14 @@ struct MatrixOperand {
   const T* p;
   int64_t rows, cols;
   bool wide;
-  RuleCall<Acc<T>> rule = {};
-  bool is_weight = false;
+  RuleCall<Acc<T>> rule = {};  // the left operand of every product has one
 
   __device__ __forceinline__ Raw fetch(int64_t row, int64_t col) const {
     return fetch_pack(p, rows, cols, row, col, wide);
   }
   __device__ __forceinline__ void convert(const Raw& raw, Acc<T> (&out)[kWidth]) const {
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      out[j] = static_cast<Acc<T>>(raw.value[j]);
-      if (is_weight) out[j] = rule.matrix(out[j]);
-    }
+    for (int j = 0; j < kWidth; ++j) out[j] = static_cast<Acc<T>>(raw.value[j]);
   }
 };
 

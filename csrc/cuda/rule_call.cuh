@@ -6,44 +6,64 @@
 
 namespace lfp::cuda {
 
-// f(Rule<A>{}) on the device; the code was checked on the host.
-template <class A, class F>
-__device__ __forceinline__ auto with_rule(int rule, F&& f) {
-  switch (rule) {
-    case kGradient: return f(Gradient<A>{});
-    default: return f(Epsilon<A>{});
-  }
+// Codes of another version of the package would compute something else: refused.
+inline void check_codes(RuleCode c, const char* op) {
+  const bool known = c.prologue <= Prologue::kReverseNegative && c.matrix <= Matrix::kNoisy &&
+                     c.input <= InputEpilogue::kIdentity && c.weight <= WeightEpilogue::kIdentity &&
+                     c.signals <= Signals::kGamma && c.parts <= Parts::kBox && c.map <= Map::kOnes;
+  STD_TORCH_CHECK(known, "lfp_kernels::", op, ": rule: a code that has no CUDA kernel");
+}
+
+inline bool reads_output(RuleCode code, int64_t chain) {
+  if (code.split()) return code.signals == Signals::kGamma;
+  return !(chain & kSignalIn) && code.prologue != Prologue::kIdentity;
+}
+
+// derivative_below with selects: the compiler copies whole epilogues for every branch of it.
+template <class A>
+__device__ __forceinline__ A derivative(A g, A x, int below) {
+  const A slope = below & kTanhBelow ? A(1) - x * x : x * (A(1) - x);
+  const A sloped = below & (kTanhBelow | kSigmoidBelow) ? g * slope : g;
+  return (below & kReluBelow) && !(x > A(0)) ? A(0) : sloped;
 }
 
 template <class A>
 struct RuleCall {
   RuleParams<A> params;
-  int rule;
-  bool signal_in, signal_out;
+  RuleCode code;
+  int below;  // chain bits of the derivative of the activation below
+  // The reward is the signal already, and z is not read: handed over by the layer above, or equal.
+  bool signal_in;
+  bool signal_out;
 
   RuleCall() = default;
-  RuleCall(int64_t code, int64_t chain, const Params& values, const char* op)
+  RuleCall(int64_t rule, int64_t chain, const Params& values, const char* op)
       : params(rule_params<A>(values)),
-        rule(static_cast<int>(code)),
-        signal_in(chain & kSignalIn),
+        code(rule),
+        below(static_cast<int>(chain & (kReluBelow | kTanhBelow | kSigmoidBelow))),
+        signal_in((chain & kSignalIn) || code.prologue == Prologue::kIdentity),
         signal_out(chain & kSignalOut) {
-    dispatch_rule<A>(code, op, [](auto) {});
+    check_codes(code, op);
   }
 
-  // s from the reward and the layer's output; a chained layer is handed s itself.
+  // s from the reward and the layer's output.
   __device__ __forceinline__ A prologue(A r, A z) const {
     if (signal_in) return r;
-    return with_rule<A>(rule, [&](auto f) { return f.prologue(r, z, params); });
-  }
-  __device__ __forceinline__ A matrix(A w) const {
-    return with_rule<A>(rule, [&](auto f) { return f.matrix(w); });
+    switch (code.prologue) {
+      case Prologue::kZero: return lfp::prologue<Prologue::kZero>(r, z, params);
+      case Prologue::kTimesOutput: return r * z;
+      case Prologue::kReversePositive: r = z > A(0) ? -r : r; break;
+      case Prologue::kReverseNegative: r = z < A(0) ? -r : r; break;
+      default: break;
+    }
+    return lfp::prologue<Prologue::kDivide>(r, z, params);
   }
   __device__ __forceinline__ A input_epilogue(A g, A x) const {
     if (signal_out) return chain_epilogue(g, x, params);
-    return with_rule<A>(rule, [&](auto f) { return f.input_epilogue(g, x, params); });
+    return derivative(code.input == InputEpilogue::kTimesInput ? g * x : g, x, below);
   }
   __device__ __forceinline__ A weight_epilogue(A f, A w) const {
-    return with_rule<A>(rule, [&](auto functor) { return functor.weight_epilogue(f, w, params); });
+    return code.weight == WeightEpilogue::kMagnitude ? f * magnitude(w) : f;
   }
 };
 

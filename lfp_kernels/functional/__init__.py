@@ -1,7 +1,9 @@
 """Public functions: validate, choose a backend, run. None needs or builds an autograd graph."""
 
 from .activation import step
+from .alignment import alignment_sums
 from .combine import dropout, dropout_redistribute, sum_redistribute
+from .composed import Redistributed
 from .conv import (
     ConvGeometry,
     channels_last,
@@ -9,7 +11,8 @@ from .conv import (
     conv_redistribute,
     conv_redistribute_update,
 )
-from .linear import Redistributed, linear, linear_redistribute, linear_redistribute_update
+from .direct import direct_update
+from .linear import linear, linear_redistribute, linear_redistribute_update
 from .norm import batch_norm, batch_norm_redistribute
 from .pool import (
     adaptive_avg_pool_redistribute,
@@ -26,6 +29,7 @@ __all__ = [
     "Redistributed",
     "adaptive_avg_pool_redistribute",
     "adaptive_max_pool",
+    "alignment_sums",
     "avg_pool",
     "avg_pool_redistribute",
     "batch_norm",
@@ -34,6 +38,7 @@ __all__ = [
     "conv",
     "conv_redistribute",
     "conv_redistribute_update",
+    "direct_update",
     "dropout",
     "dropout_redistribute",
     "global_norm",

@@ -35,7 +35,7 @@ def sum_redistribute(
     """
     op = "sum_redistribute"
     check.floating(op, "reward", reward)
-    check.rule(op, rule)
+    check.plain_rule(op, rule)
     for name, value in (("a", a), ("b", b)):
         check.like(op, name, value, reward, "reward")
     implementation = select("combine", reward)

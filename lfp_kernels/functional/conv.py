@@ -11,8 +11,8 @@ from ..backends import select
 from ..ops.conv.geometry import ConvGeometry, out_channels, output_shape
 from ..ops.conv.layout import channels_last
 from ..optim import Update
-from ..rules import Epsilon, Rule
-from .linear import Redistributed
+from ..rules import Derivative, Epsilon, Rule
+from .composed import Redistributed, apply_composed, is_composed, redistribute_composed
 
 __all__ = [
     "ConvGeometry",
@@ -65,8 +65,10 @@ def conv_redistribute(
     rule: Rule = _EPSILON,
     *,
     need: tuple[bool, bool, bool] = (True, True, True),
-    below: Rule | None = None,
+    matrix: Tensor | None = None,
+    below: Rule | Derivative | None = None,
     signal_in: bool = False,
+    nonnegative: bool = False,
     product_dtype: torch.dtype | None = None,
 ) -> Redistributed:
     """Redistribute the reward at ``z = conv(x, W) + b`` (arXiv 2308.12053; docs/math.md).
@@ -76,9 +78,13 @@ def conv_redistribute(
         z: layer output [N, O, *spatial], bias included. reward: reward at z, of the same shape.
         rule: the four functions around the two products.
         need: which of (input reward, weight feedback, bias feedback) to compute.
+        matrix: feedback matrix B, shaped like weight, of rules that take one.
         below: with the rule of the layer that made x, the input reward comes out as that layer's
-            signal (``signal_in=True`` there): two elementwise passes become one.
+            signal (``signal_in=True`` there): two elementwise passes become one. With a
+            ``rules.Derivative`` of the activation that made x, it is multiplied by it.
         signal_in: ``reward`` is already this layer's signal; z is not read.
+        nonnegative: promise that x is nowhere negative (behind a ReLU): rules that part x by sign
+            then run half of their products.
         product_dtype: torch.bfloat16 runs the two products of float32 tensors in bfloat16 with
             float32 accumulation.
 
@@ -92,9 +98,19 @@ def conv_redistribute(
     """
     op = "conv_redistribute"
     flat = _check_redistribute(op, x, weight, bias, z, reward, geometry, rule, signal_in)
-    product = check.product_dtype(op, product_dtype, x)
+    if is_composed(rule):
+        return redistribute_composed(
+            rule, need, weight, bias, reward, z,
+            lambda part, wanted, r, out: conv_redistribute(
+                x, weight, bias, out, r, geometry, part, need=wanted, matrix=matrix, below=below,
+                nonnegative=nonnegative, product_dtype=product_dtype,
+            ),
+        )  # fmt: skip
+    call = check.rule_call(
+        op, x, weight, rule, need[0], matrix, below, signal_in, nonnegative, product_dtype
+    )
     input_reward, weight_feedback, bias_feedback = select("conv", x).redistribute(
-        flat[0], weight, bias, flat[1], flat[2], geometry, rule, need, below, signal_in, product
+        flat[0], weight, bias, flat[1], flat[2], geometry, call, need
     )
     if input_reward is not None and flat[0] is not x:
         input_reward = input_reward.squeeze(0)
@@ -114,8 +130,10 @@ def conv_redistribute_update(
     rule: Rule = _EPSILON,
     *,
     need_input: bool = True,
-    below: Rule | None = None,
+    matrix: Tensor | None = None,
+    below: Rule | Derivative | None = None,
     signal_in: bool = False,
+    nonnegative: bool = False,
     product_dtype: torch.dtype | None = None,
 ) -> Tensor | None:
     """Redistribute and update ``weight``, ``bias`` and the optimizer states in place.
@@ -129,7 +147,6 @@ def conv_redistribute_update(
     """
     op = "conv_redistribute_update"
     flat = _check_redistribute(op, x, weight, bias, z, reward, geometry, rule, signal_in)
-    product = check.product_dtype(op, product_dtype, x)
     check.update(op, "weight_update", weight_update, weight)
     if bias_update is not None:
         if bias is None:
@@ -137,11 +154,21 @@ def conv_redistribute_update(
                 f"{op}: bias_update: expected None for a layer without bias, got an Update"
             )
         check.update(op, "bias_update", bias_update, bias)
+    if is_composed(rule):
+        found = conv_redistribute(
+            x, weight, bias, z, reward, geometry, rule,
+            need=(need_input, True, bias_update is not None),
+            matrix=matrix, below=below, nonnegative=nonnegative, product_dtype=product_dtype,
+        )  # fmt: skip
+        return apply_composed(found, weight, bias, weight_update, bias_update)
+    call = check.rule_call(
+        op, x, weight, rule, need_input, matrix, below, signal_in, nonnegative, product_dtype
+    )
     dense = weight.contiguous()
     dense_bias = None if bias is None else bias.contiguous()
     input_reward = select("conv", x).redistribute_update(
-        flat[0], dense, dense_bias, flat[1], flat[2], geometry, weight_update, bias_update, rule,
-        need_input, below, signal_in, product,
+        flat[0], dense, dense_bias, flat[1], flat[2], geometry, weight_update, bias_update, call,
+        need_input,
     )  # fmt: skip
     if dense is not weight:
         weight.copy_(dense)

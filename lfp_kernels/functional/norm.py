@@ -12,7 +12,7 @@ from .. import _validate as check
 from .. import ops
 from ..backends import select
 from ..rules import Epsilon, Rule
-from .linear import Redistributed
+from .composed import Redistributed, is_composed, redistribute_composed
 
 _ = ops  # registers the schemas
 _EPSILON = Epsilon()
@@ -133,6 +133,17 @@ def batch_norm_redistribute(
         check.shape(op, "z", z, x.shape)
     for name, value in (("mean", mean), ("invstd", invstd)):
         _check_channel(op, name, check.tensor(op, name, value), x)
+    if is_composed(rule):
+        return redistribute_composed(
+            rule, need, weight, bias, reward, z,
+            lambda part, wanted, r, out: batch_norm_redistribute(
+                x, weight, bias, out, r, mean, invstd, training, part, need=wanted, below=below
+            ),
+        )  # fmt: skip
+    if not rule.has_plain_form and rule.is_epsilon_but_for_its_prologue and not signal_in:
+        reward = z = rule.prologue(reward, z)
+        rule, signal_in = _EPSILON, True
+    check.plain_rule(op, rule)
     return Redistributed(
         *select("batch_norm", x).redistribute(
             x, weight, bias, z, reward, mean, invstd, bool(training), rule, need, below, signal_in

@@ -296,7 +296,7 @@ def _check_reward(
     op: str, x: Tensor, z: Tensor, reward: Tensor, shape: Sequence[int], rule: Rule, signal_in: bool
 ) -> Tensor:
     """z, or the reward in its place where z is not read."""
-    check.rule(op, rule)
+    check.plain_rule(op, rule)
     check.like(op, "reward", reward, x, "x")
     check.shape(op, "reward", reward, shape)
     if signal_in:

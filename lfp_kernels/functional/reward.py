@@ -118,3 +118,17 @@ def _check_neuron(op: str, neuron: int | None, classes: int) -> None:
         raise TypeError(f"{op}: neuron: expected an int or None, got {type(neuron).__name__}")
     if not 0 <= neuron < classes:
         raise ValueError(f"{op}: neuron: expected an index in [0, {classes}), got {neuron}")
+
+
+@torch.no_grad()
+def loss_reward(op: str, out: Tensor, y: Tensor, values: bool) -> Tensor:
+    """Minus the gradient of the mean cross-entropy with labels [...], or, with ``values``, of the
+    mean squared error with targets of ``out``'s shape."""
+    check.floating(op, "out", out)
+    if values:
+        return (_values(op, out, y) - out) * (2.0 / max(out.numel(), 1))
+    labels = _labels(op, y, out.shape[:-1], out)
+    reward = out.softmax(-1).neg_()
+    one = reward.new_ones(()).expand_as(labels)[..., None]
+    reward.scatter_add_(-1, labels[..., None], one)
+    return reward.mul_(1.0 / max(labels.numel(), 1))

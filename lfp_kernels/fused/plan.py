@@ -6,6 +6,7 @@ from collections import Counter
 
 from torch import Tensor
 
+from ..rules import DERIVATIVES
 from . import stages as S
 from . import structure as M
 
@@ -13,6 +14,7 @@ _FUSES_RELU = (S.Linear, S.Conv, S.BatchNorm)
 _HANDS_SIGNAL = (S.Linear, S.Conv, S.BatchNorm, S.AvgPool, S.AdaptiveAvgPool)
 _WIDE = 32  # input channels from which channels last pays
 _TAKES_SIGNAL = _HANDS_SIGNAL
+_NONNEGATIVE = ("relu", "relu6", "sigmoid", "softplus", "step", "hardsigmoid")
 
 
 class Plan:
@@ -23,10 +25,13 @@ class Plan:
         self.source = source
         self.output = output
         self._fuse_relus()
+        self._hand_derivatives()
         self._chain()
         for index, stage in enumerate(self.stages):
             stage.index = index
         self._mark_live()
+        self._hear_directly()
+        self._mark_nonnegative()
         self.slots = 1 + max([source, *(s.output for s in self.stages)])
         self.free_forward = self._free_after_forward()
         self._relu_in_place()
@@ -60,7 +65,7 @@ class Plan:
             if len(readers) != 1 or not isinstance(readers[0], M.Activation):
                 continue
             relu = readers[0]
-            if relu.is_relu and self._zero_safe(relu.output):
+            if relu.is_relu and not relu.derivative and self._zero_safe(relu.output):
                 producer.relu = True
                 producer.output = relu.output
                 self.stages.remove(relu)
@@ -73,11 +78,43 @@ class Plan:
             if isinstance(stage, M.Host):
                 continue
             rule = stage.rule
-            if stage.multiplies_by_input and rule is not None and rule.relu_output_is_enough:
+            if stage.multiplies_by_input and rule is not None and rule.multiplies_by_input:
                 continue
             if not (stage.passes_zero and self._zero_safe(stage.output)):
                 return False
         return True
+
+    def _reader(self, slot: int) -> S.Stage | None:
+        """The one stage that makes something of ``slot``, past stages that move values only."""
+        while slot != self.output:
+            readers = [s for s in self.consumers(slot) if not isinstance(s, M.Host)]
+            if len(readers) != 1:
+                return None
+            if not readers[0].routes:
+                return readers[0]
+            slot = readers[0].output
+        return None
+
+    def _hand_derivatives(self) -> None:
+        """Activations with a derivative (the feedback-alignment family): the layer above multiplies
+        by it in its epilogue, from the activation that it reads anyway. A ReLU then needs no
+        memory of its own."""
+        for stage in list(self.stages):
+            if not isinstance(stage, M.Activation) or not stage.derivative:
+                continue
+            reader = self._reader(stage.output)
+            if stage.name not in DERIVATIVES or not isinstance(reader, (S.Linear, S.Conv)):
+                continue
+            reader.below = DERIVATIVES[stage.name]
+            stage.derivative = False
+            slot = stage.inputs[0]
+            producer = next((s for s in self.stages if s.output == slot), None)
+            if stage.is_relu and isinstance(producer, _FUSES_RELU) and slot != self.output:
+                rule = producer.rule
+                if len(self.consumers(slot)) == 1 and rule is not None and not rule.reads_output:
+                    producer.relu = True
+                    producer.output = stage.output
+                    self.stages.remove(stage)
 
     def _chain(self) -> None:
         """A layer whose output feeds exactly one layer, with nothing between that changes values,
@@ -87,19 +124,10 @@ class Plan:
                 continue
             if producer.rule is None or not producer.rule.chains:
                 continue
-            slot = producer.output
-            while True:
-                readers = [s for s in self.consumers(slot) if not isinstance(s, M.Host)]
-                if slot == self.output or len(readers) != 1:
-                    break
-                reader = readers[0]
-                if reader.routes:
-                    slot = reader.output
-                    continue
-                if isinstance(reader, _HANDS_SIGNAL) and reader.rule and reader.rule.chains:
-                    reader.below = producer.rule
-                    producer.signal_in = True
-                break
+            reader = self._reader(producer.output)
+            if isinstance(reader, _HANDS_SIGNAL) and reader.rule and reader.rule.chains:
+                reader.below = producer.rule
+                producer.signal_in = True
 
     def _mark_live(self) -> None:
         """Rewards are wanted where a trainable parameter lies below."""
@@ -109,6 +137,38 @@ class Plan:
             if stage.wants_input or any(p.requires_grad for p in stage.parameters):
                 live.add(stage.output)
         self.live = live
+
+    def _hear_directly(self) -> None:
+        """A linear layer below one that is taught by the output's error (DFA) makes its delta from
+        that error itself, a tile at a time: nothing is handed down, and delta is not stored."""
+        made = {stage.output: stage for stage in self.stages}
+        for reader in self.stages:
+            if not isinstance(reader, S.Linear) or not reader.wants_input:
+                continue
+            if getattr(reader.teacher, "taught", None) is None:
+                continue
+            slot = reader.inputs[0]
+            below = made.get(slot)
+            alone = len(self.consumers(slot)) == 1 and slot != self.output
+            if isinstance(below, M.Activation) and not below.derivative:
+                alone = alone and len(self.consumers(below.inputs[0])) == 1
+                below = made.get(below.inputs[0])
+            if not (alone and isinstance(below, S.Linear)):
+                continue
+            if below.teacher is not None or not below.wants_input:  # has no input product to run
+                below.direct, reader.wants_input = reader, False
+
+    def _mark_nonnegative(self) -> None:
+        """Layers whose input is nowhere negative: rules that part it by sign do half the work."""
+        slots: set[int] = set()
+        for stage in self.stages:
+            if isinstance(stage, S._Weighted):
+                stage.nonnegative = stage.inputs[0] in slots
+            passes = stage.routes or isinstance(stage, (S.AvgPool, S.AdaptiveAvgPool, M.Dropout))
+            kept = passes and stage.inputs[0] in slots
+            positive = isinstance(stage, M.Activation) and stage.name in _NONNEGATIVE
+            if stage.relu or positive or kept:
+                slots.add(stage.output)
 
     def _kept(self) -> set[int]:
         return {slot for s in self.stages if s.output in self.live for slot in s.keeps()}
@@ -162,6 +222,8 @@ class Plan:
         for stage in reversed(self.stages):
             arrived = rewards[stage.output]
             rewards[stage.output] = None
+            if stage.direct is not None:
+                arrived = reward
             if arrived is not None and stage.output in self.live:
                 for slot, part in zip(stage.inputs, stage.redistribute(run, arrived)):
                     if part is None or slot not in self.live:

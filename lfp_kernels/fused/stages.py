@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import calls
 from .. import functional as F
-from ..composites import Composite
-from ..rules import Rule
+from ..composites import Composite, LayerRule
+from ..rules import Derivative, Rule
 from .updates import Updates
 
 
@@ -56,9 +56,10 @@ class Stage:
         self.index = -1
         self.label = ""
         self.relu = False  # the ReLU that follows is part of this stage
-        self.below: Rule | None = None  # hands the layer below its signal
+        self.below: Any = None  # a Rule: hands it its signal; a Derivative: multiplies by it
         self.signal_in = False  # the reward that arrives is this layer's signal
         self.wants_input = True  # somebody below takes a reward
+        self.direct: Any = None  # the layer above, when this one hears the output's error itself
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -79,10 +80,13 @@ class Stage:
         parts = [type(self).__name__ + (" + ReLU" if self.relu else "")]
         if self.rule is not None:
             parts.append(self.rule.name)
+        if self.direct is not None:
+            parts.append("hears the error itself")
         if self.signal_in:
             parts.append("takes signal")
         if self.below is not None:
-            parts.append("hands signal")
+            derivative = isinstance(self.below, Derivative)
+            parts.append(f"hands {self.below.function}'" if derivative else "hands signal")
         return ", ".join(parts)
 
 
@@ -92,47 +96,95 @@ class _Weighted(Stage):
     multiplies_by_input = True
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, rule: Rule, composite: Composite
+        self, weight: Tensor, bias: Tensor | None, layer: LayerRule, composite: Composite
     ) -> None:
         super().__init__()
-        self.weight, self.bias, self.rule = weight, bias, rule
+        self.weight, self.bias, self.rule = weight, bias, layer.rule
+        self.matrix, self.teacher = layer.matrix, layer.teacher
+        self.composite = composite
         self.product = composite.product_dtype(weight)
+        self.nonnegative = False  # the input is nowhere negative
 
     @property
     def parameters(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
+    @property
+    def reads_output(self) -> bool:
+        return not self.signal_in and self.rule.reads_output
+
     def keeps(self) -> set[int]:
-        return {*self.inputs} if self.signal_in else {*self.inputs, self.output}
+        kept = {*self.inputs, self.output} if self.reads_output else {*self.inputs}
+        if self.direct is not None and self.direct.below is not None:
+            kept.update(self.direct.inputs)  # the activation, for its derivative
+        return kept
 
     def options(self) -> dict[str, Any]:
         return {
+            "matrix": self.matrix,
             "below": self.below,
             "signal_in": self.signal_in,
+            "nonnegative": self.nonnegative,
             "product_dtype": self.product,
         }
 
     def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
         x = run.values[self.inputs[0]]
-        z = reward if self.signal_in else run.values[self.output]
-        updates, weight, bias = run.updates, self.weight, self.bias
-        if updates.in_place(weight):
+        z = run.values[self.output] if self.reads_output else reward
+        rule = self.composite.rule_now(self.rule)
+        need_input, taught = self.wants_input, None
+        if self.teacher is not None and need_input:
+            need_input, taught = False, self.teacher(reward).view(x.shape)
+            if isinstance(self.below, Derivative):
+                taught = self.below(taught, x)
+        if self.direct is not None:
+            delta = self._delta(run, reward)
+            if delta is None:
+                return (taught,)
+            z = reward = delta
+        updates, weight, bias, matrix = run.updates, self.weight, self.bias, self.matrix
+        learns = matrix is not None and matrix.requires_grad
+        if updates.in_place(weight) and not learns:
             bias_update = None
             if bias is not None and updates.in_place(bias):
                 bias_update = updates.take(bias)
             if bias is None or bias_update is not None or not bias.requires_grad:
-                return (self.update(x, z, reward, updates.take(weight), bias_update),)
-        need = (self.wants_input, weight.requires_grad, bias is not None and bias.requires_grad)
-        found = self.feedback(x, z, reward, need)
+                took = updates.take(weight)
+                found = self.update(x, z, reward, took, bias_update, rule, need_input)
+                return (taught if taught is not None else found,)
+        need = (need_input, weight.requires_grad, bias is not None and bias.requires_grad)
+        found = self.feedback(x, z, reward, need, rule)
         updates.add(weight, found.weight)
         if bias is not None:
             updates.add(bias, found.bias)
-        return (found.input,)
+        if learns:  # a learned feedback matrix takes the weight's own step (Kolen-Pollack)
+            updates.add(matrix, found.weight)
+        return (taught if taught is not None else found.input,)
 
-    def update(self, x: Tensor, z: Tensor, reward: Tensor, weight: Any, bias: Any) -> Any:
+    def _delta(self, run: Run, reward: Tensor) -> Tensor | None:
+        """This layer's own signal from the output's, or None once it has made its step of it."""
+        upper, updates = self.direct, run.updates
+        error, matrix = upper.teacher.taught(reward), upper.teacher.matrix
+        activation = None if upper.below is None else run.values[upper.inputs[0]]
+        bias = self.bias if self.bias is not None and self.bias.requires_grad else None
+        if updates.in_place(self.weight) and (bias is None or updates.in_place(bias)):
+            F.direct_update(
+                run.values[self.inputs[0]], self.weight, self.bias, error, matrix, activation,
+                updates.take(self.weight), None if bias is None else updates.take(bias),
+                derivative=upper.below,
+            )  # fmt: skip
+            return None
+        delta = error @ matrix
+        return delta if upper.below is None else upper.below(delta, activation)
+
+    def update(
+        self, x: Tensor, z: Tensor, reward: Tensor, weight: Any, bias: Any, rule: Rule, need: bool
+    ) -> Any:
         raise TypeError
 
-    def feedback(self, x: Tensor, z: Tensor, reward: Tensor, need: Any) -> F.Redistributed:
+    def feedback(
+        self, x: Tensor, z: Tensor, reward: Tensor, need: Any, rule: Rule
+    ) -> F.Redistributed:
         raise TypeError
 
 
@@ -140,15 +192,19 @@ class Linear(_Weighted):
     def forward(self, run: Run) -> Tensor:
         return F.linear(run.values[self.inputs[0]], self.weight, self.bias, relu=self.relu)
 
-    def update(self, x: Tensor, z: Tensor, reward: Tensor, weight: Any, bias: Any) -> Any:
+    def update(
+        self, x: Tensor, z: Tensor, reward: Tensor, weight: Any, bias: Any, rule: Rule, need: bool
+    ) -> Any:
         return F.linear_redistribute_update(
-            x, self.weight, self.bias, z, reward, weight, bias, self.rule,
-            need_input=self.wants_input, **self.options(),
+            x, self.weight, self.bias, z, reward, weight, bias, rule, need_input=need,
+            **self.options(),
         )  # fmt: skip
 
-    def feedback(self, x: Tensor, z: Tensor, reward: Tensor, need: Any) -> F.Redistributed:
+    def feedback(
+        self, x: Tensor, z: Tensor, reward: Tensor, need: Any, rule: Rule
+    ) -> F.Redistributed:
         return F.linear_redistribute(
-            x, self.weight, self.bias, z, reward, self.rule, need=need, **self.options()
+            x, self.weight, self.bias, z, reward, rule, need=need, **self.options()
         )
 
 
@@ -158,10 +214,10 @@ class Conv(_Weighted):
         weight: Tensor,
         bias: Tensor | None,
         geometry: F.ConvGeometry,
-        rule: Rule,
+        layer: LayerRule,
         composite: Composite,
     ) -> None:
-        super().__init__(weight, bias, rule, composite)
+        super().__init__(weight, bias, layer, composite)
         self.geometry = geometry
         self.channels = weight.shape[0 if geometry.transposed else 1]
 
@@ -170,17 +226,20 @@ class Conv(_Weighted):
             run.values[self.inputs[0]], self.weight, self.bias, self.geometry, relu=self.relu
         )
 
-    def update(self, x: Tensor, z: Tensor, reward: Tensor, weight: Any, bias: Any) -> Any:
+    def update(
+        self, x: Tensor, z: Tensor, reward: Tensor, weight: Any, bias: Any, rule: Rule, need: bool
+    ) -> Any:
         return F.conv_redistribute_update(
-            x, self.weight, self.bias, z, reward, self.geometry, weight, bias, self.rule,
-            need_input=self.wants_input, **self.options(),
+            x, self.weight, self.bias, z, reward, self.geometry, weight, bias, rule,
+            need_input=need, **self.options(),
         )  # fmt: skip
 
-    def feedback(self, x: Tensor, z: Tensor, reward: Tensor, need: Any) -> F.Redistributed:
+    def feedback(
+        self, x: Tensor, z: Tensor, reward: Tensor, need: Any, rule: Rule
+    ) -> F.Redistributed:
         return F.conv_redistribute(
-            x, self.weight, self.bias, z, reward, self.geometry, self.rule, need=need,
-            **self.options(),
-        )  # fmt: skip
+            x, self.weight, self.bias, z, reward, self.geometry, rule, need=need, **self.options()
+        )
 
 
 class BatchNorm(Stage):

@@ -45,6 +45,7 @@ class FusedStep:
         self.composite = composite
         self.reward = rewards.get(reward)
         composite.check(model)
+        composite.prepare(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("fuse: model: expected a trainable parameter, got none")
@@ -95,6 +96,7 @@ class FusedStep:
             )
         check_finite("fuse", reward)
         run.commit_statistics()
+        self.composite.begin(out, y, reward)
         plan.redistribute(run, reward)
         updates.finish()
         return StepResult(out, reward)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..rules import DERIVATIVES
 from .stages import Run, Stage
 
 
@@ -33,14 +34,22 @@ class MaxPool(Stage):
 
 
 class Activation(Stage):
-    """An elementwise function: the reward passes unchanged."""
+    """An elementwise function: the reward passes unchanged, or times the function's derivative."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], *, relu: bool) -> None:
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], name: str, *, derivative: bool = False
+    ) -> None:
         super().__init__()
-        self.function = function
-        self.is_relu = relu
-        self.passes_zero = relu
+        self.function, self.name = function, name
+        self.is_relu = name == "relu"
+        self.derivative = derivative  # still to be applied by this stage
+        self.passes_zero = self.is_relu
         self.in_place = False  # nobody else reads the input
+
+    def keeps(self) -> set[int]:
+        if not self.derivative:
+            return set()
+        return {self.output} if self.name in DERIVATIVES else {*self.inputs}
 
     def forward(self, run: Run) -> Tensor:
         x = run.values[self.inputs[0]]
@@ -49,7 +58,16 @@ class Activation(Stage):
         return self.function(x)
 
     def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
-        return (reward,)
+        if not self.derivative:
+            return (reward,)
+        if self.name in DERIVATIVES:
+            return (DERIVATIVES[self.name](reward, run.values[self.output]),)
+        with torch.enable_grad():  # of this one elementwise function, by its own definition
+            x = run.values[self.inputs[0]].detach().requires_grad_()
+            return torch.autograd.grad(self.function(x), x, reward)
+
+    def describe(self) -> str:
+        return f"Activation, {self.name}" + (", derivative" if self.derivative else "")
 
 
 class Dropout(Stage):

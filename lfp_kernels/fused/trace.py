@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from .. import calls
 from .. import nn as lfp_nn
-from ..composites import Composite
+from ..composites import Composite, LayerRule
 from . import stages as S
 from . import structure as M
 
@@ -83,6 +83,7 @@ class _Builder:
         self.slots: dict[fx.Node, int] = {}
         self.attributes: dict[fx.Node, Tensor] = {}
         self.host: set[fx.Node] = set()
+        self.linear = composite.begins_linear(None)
         self.owners = {
             id(parameter): (name, module)
             for name, module in self.modules.items()
@@ -148,13 +149,15 @@ class _Builder:
         if not isinstance(x, fx.Node) or x not in self.slots:
             raise self.refuse(node, f"{name} ({type(module).__name__}) on {x}")
         if isinstance(module, nn.Linear):
-            stage: S.Stage = S.Linear(module.weight, module.bias, rule, self.composite)
+            layer = self._layer(name, module)
+            stage: S.Stage = S.Linear(module.weight, module.bias, layer, self.composite)
         elif (form := _conv_form(module)) is not None:
-            stage = self._conv_module(module, rule, form)
+            stage = self._conv_module(module, self._layer(name, module), form)
         elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             stage = S.BatchNorm(module, rule)
         elif isinstance(module, calls.ACTIVATION_MODULES):
-            stage = M.Activation(_out_of_place(module), relu=isinstance(module, nn.ReLU))
+            kind = type(module).__name__.lower()
+            stage = M.Activation(_out_of_place(module), kind, derivative=not self.linear)
         elif isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
             if type(module) is not nn.Dropout:
                 raise self.refuse(node, f"{name} ({type(module).__name__})")
@@ -186,7 +189,7 @@ class _Builder:
         if getattr(module, "inplace", False):
             self.overwrite(node, x)
 
-    def _conv_module(self, module: Any, rule: Any, form: tuple[int, bool]) -> S.Stage:
+    def _conv_module(self, module: Any, layer: Any, form: tuple[int, bool]) -> S.Stage:
         if module.padding_mode != "zeros":
             raise ValueError(f"fuse: padding_mode={module.padding_mode!r} has no stage{DROP_IN}")
         arguments = [None, module.weight, module.bias, module.stride, module.padding]
@@ -195,7 +198,7 @@ class _Builder:
         else:
             arguments += [module.dilation, module.groups]
         geometry = calls.conv_geometry(*form, *arguments)[3]
-        return S.Conv(module.weight, module.bias, geometry, rule, self.composite)
+        return S.Conv(module.weight, module.bias, geometry, layer, self.composite)
 
     def function(self, node: fx.Node) -> None:
         target: Any = node.target
@@ -235,11 +238,11 @@ class _Builder:
         rule = self.composite.function_rule
         if target is TF.linear:
             weight, bias = _signature(lambda input, weight, bias=None: (weight, bias), args, kwargs)
-            return self.add(node, S.Linear(weight, bias, self._rule_of(weight), self.composite), x)
+            return self.add(node, S.Linear(weight, bias, self._layer_of(weight), self.composite), x)
         for form, functions in calls.CONVS.items():
             if target in functions:
                 _, weight, bias, geometry = calls.conv_geometry(*form, *args, **kwargs)
-                stage = S.Conv(weight, bias, geometry, self._rule_of(weight), self.composite)
+                stage = S.Conv(weight, bias, geometry, self._layer_of(weight), self.composite)
                 return self.add(node, stage, x)
         for dims in (1, 2, 3):
             if target in (getattr(TF, f"max_pool{dims}d"), getattr(torch, f"max_pool{dims}d")):
@@ -260,9 +263,12 @@ class _Builder:
         """A parameter or buffer that forward reads, in place of its node."""
         return self.attributes.get(value, value) if isinstance(value, fx.Node) else value
 
-    def _rule_of(self, weight: Tensor) -> Any:
-        name, module = self.owners.get(id(weight), ("", self.model))
-        return self.composite.rule_of(name, module)
+    def _layer_of(self, weight: Tensor) -> LayerRule:
+        return self._layer(*self.owners.get(id(weight), ("", self.model)))
+
+    def _layer(self, name: str, module: nn.Module) -> LayerRule:
+        self.linear = self.linear or self.composite.begins_linear(name)
+        return self.composite.layer(name, module)
 
     def _activation(self, node: fx.Node, target: Any) -> None:
         x: Any = node.args[0]
@@ -275,7 +281,7 @@ class _Builder:
         rest = node.args[1:]
         self.add(
             node,
-            M.Activation(lambda v: target(v, *rest, **kwargs), relu=name == "relu"),
+            M.Activation(lambda v: target(v, *rest, **kwargs), name, derivative=not self.linear),
             x,
         )
         if in_place:

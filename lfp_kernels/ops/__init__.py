@@ -1,9 +1,20 @@
 """One folder per op: schema and fake in ``__init__``, backends as peers beside it."""
 
 from .. import _library
-from . import activation, batch_norm, combine, conv, linear, pool, reward, update
+from . import activation, alignment, batch_norm, combine, conv, direct, linear, pool, reward, update
 
-__all__ = ["activation", "batch_norm", "combine", "conv", "linear", "pool", "reward", "update"]
+__all__ = [
+    "activation",
+    "alignment",
+    "batch_norm",
+    "combine",
+    "conv",
+    "direct",
+    "linear",
+    "pool",
+    "reward",
+    "update",
+]
 
 # Here and not at the first call: that one may be under torch.compile, which cannot trace a dlopen.
 # Loading the CUDA library does not touch a GPU.

@@ -14,9 +14,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ..optim import ADAMW, SGD_MOMENTUM, SGD_PLAIN, Update
-from ..rules import Epsilon, Gradient, Rule
+from ..rules import (
+    DERIVATIVE_BITS,
+    Derivative,
+    Gradient,
+    InputEpilogue,
+    Matrix,
+    Prologue,
+    Rule,
+    WeightEpilogue,
+)  # fmt: skip
 
-EPSILON, GRADIENT = tl.constexpr(Epsilon.code), tl.constexpr(Gradient.code)
+# The functions of a rule, four bits each of its code (lfp_kernels/rules/base.py).
+IDENTITY, ZERO = tl.constexpr(int(Prologue.IDENTITY)), tl.constexpr(int(Prologue.ZERO))
+TIMES_OUTPUT = tl.constexpr(int(Prologue.TIMES_OUTPUT))
+REVERSE_POSITIVE = tl.constexpr(int(Prologue.REVERSE_POSITIVE))
+REVERSE_NEGATIVE = tl.constexpr(int(Prologue.REVERSE_NEGATIVE))
+TIMES_INPUT = tl.constexpr(int(InputEpilogue.TIMES_INPUT))
+MAGNITUDE = tl.constexpr(int(WeightEpilogue.MAGNITUDE))
+WEIGHT, SIGN = tl.constexpr(int(Matrix.WEIGHT)), tl.constexpr(int(Matrix.SIGN))
+GIVEN_SIGN = tl.constexpr(int(Matrix.GIVEN_SIGN))
+RANDOM_SIGN, NOISY = tl.constexpr(int(Matrix.RANDOM_SIGN)), tl.constexpr(int(Matrix.NOISY))
+# What the layer below wants: SIGNAL_OUT of a kernel is 0, 1 for its signal, or a derivative.
+RELU, TANH, SIGMOID = (tl.constexpr(DERIVATIVE_BITS[n]) for n in ("relu", "tanh", "sigmoid"))
 PLAIN, MOMENTUM, ADAM = tl.constexpr(SGD_PLAIN), tl.constexpr(SGD_MOMENTUM), tl.constexpr(ADAMW)
 # In place of an optimizer code: store the finished feedback / the raw sums instead of a step.
 FEEDBACK, PARTIAL = tl.constexpr(-1), tl.constexpr(-2)
@@ -61,6 +81,27 @@ def prologue_code(rule: Rule, signal_in: bool) -> int:
     return Gradient.code if signal_in else rule.code
 
 
+def below_code(below: Rule | Derivative | None) -> int:
+    """SIGNAL_OUT of a kernel."""
+    if isinstance(below, Derivative):
+        return DERIVATIVE_BITS[below.function]
+    return int(below is not None)
+
+
+def below_eps(below: Rule | Derivative | None) -> float:
+    return below.stabilizer if isinstance(below, Rule) else 1.0
+
+
+def refuse_unsupported(op: str, rule: Rule, need_input: bool) -> None:
+    """Raise for what has no Triton kernel: two signals, and matrices made on the way in."""
+    made = rule.matrix_code not in (Matrix.WEIGHT, Matrix.GIVEN)
+    if rule.split or (made and need_input):
+        raise NotImplementedError(
+            f"lfp_kernels::{op}: rule {type(rule).__name__} has no Triton kernel yet; "
+            "use_backend('native') or 'reference' has it"
+        )
+
+
 @triton.constexpr_function
 def accumulate_type(dtype):
     """Arithmetic type: 16-bit values are computed in float32."""
@@ -95,10 +136,19 @@ def stabilize(z, eps):
 
 @triton.jit
 def prologue(r, z, eps, RULE: tl.constexpr):
-    if RULE == EPSILON:
-        return divide(r, stabilize(z, eps))
-    else:
+    KIND: tl.constexpr = RULE & 15
+    if KIND == IDENTITY:
         return r
+    elif KIND == ZERO:
+        return tl.where(z == 0, 0.0, divide(r, tl.where(z == 0, 1.0, z)))
+    elif KIND == TIMES_OUTPUT:
+        return r * z
+    else:
+        if KIND == REVERSE_POSITIVE:
+            r = tl.where(z > 0, -r, r)
+        elif KIND == REVERSE_NEGATIVE:
+            r = tl.where(z < 0, -r, r)
+        return divide(r, stabilize(z, eps))
 
 
 @triton.jit
@@ -129,7 +179,7 @@ def sum_of_parts(raw_ptr, offset, count, parts, mask):
 def load_signal(r_pointer, z_pointer, mask, eps, RULE: tl.constexpr):
     """s = prologue(r, z), 0 where the mask is off; z is read where the rule needs it."""
     r = load(r_pointer, mask)
-    if RULE == GRADIENT:
+    if (RULE & 15) == IDENTITY:
         return r
     else:
         return prologue(r, load(z_pointer, mask), eps.to(r.dtype), RULE)
@@ -137,21 +187,58 @@ def load_signal(r_pointer, z_pointer, mask, eps, RULE: tl.constexpr):
 
 @triton.jit
 def input_epilogue(g, x, below, RULE: tl.constexpr, SIGNAL_OUT: tl.constexpr):
-    """r_in from g = s M, or the signal x / stab(x) * g that the layer below takes."""
-    if SIGNAL_OUT:
+    """r_in from g = s M; with SIGNAL_OUT the signal x / stab(x) * g that the layer below takes, or
+    r_in times the derivative of the activation below."""
+    if SIGNAL_OUT == 1:
         return divide(g * x, stabilize(x, below))
-    elif RULE == EPSILON:
-        return g * x
     else:
+        if ((RULE >> 8) & 15) == TIMES_INPUT:
+            g = g * x
+        if SIGNAL_OUT == RELU:
+            g = tl.where(x > 0, g, 0.0)
+        elif SIGNAL_OUT == TANH:
+            g = g * (1 - x * x)
+        elif SIGNAL_OUT == SIGMOID:
+            g = g * (x * (1 - x))
         return g
 
 
 @triton.jit
 def weight_epilogue(f, w, RULE: tl.constexpr):
-    if RULE == EPSILON:
+    if ((RULE >> 12) & 15) == MAGNITUDE:
         return f * tl.abs(w)
     else:
         return f
+
+
+@triton.jit
+def uniform(index, seed):
+    """The draw in [0, 1), float32, of element ``index`` (int64): csrc/philox.h."""
+    block = index >> 2
+    zero = tl.zeros_like(block).to(tl.uint32)
+    low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, low, high, zero, zero)
+    first, second = tl.where((index & 1) == 0, a, b), tl.where((index & 1) == 0, c, d)
+    word = tl.where((index & 2) == 0, first, second)
+    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def made_matrix(w, given_pointer, mask, index, a, seed, RULE: tl.constexpr):
+    """M of the input product from the weight, the given matrix, and draws by ``index``."""
+    acc: tl.constexpr = accumulate_type(given_pointer.dtype.element_ty)
+    KIND: tl.constexpr = (RULE >> 4) & 15
+    w = w.to(acc)
+    sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, w)).to(acc)
+    if KIND == SIGN:
+        return a.to(acc) * sign
+    elif KIND == GIVEN_SIGN:
+        return tl.abs(load(given_pointer, mask)) * sign
+    elif KIND == RANDOM_SIGN:
+        return a.to(acc) * uniform(index, seed).to(acc) * sign
+    else:
+        tl.static_assert(KIND == NOISY)
+        return load(given_pointer, mask) + a.to(acc) * (uniform(index, seed).to(acc) - 0.5)
 
 
 # ---- optimizers (csrc/rules.h)

@@ -16,8 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rules import Rule
-from ._triton import BLOCK, blocks, input_epilogue, launch, load, power_of_2, store, sum_of_parts
+from ..rules import Derivative, Rule
+from ._triton import (
+    BLOCK,
+    below_code,
+    below_eps,
+    blocks,
+    input_epilogue,
+    launch,
+    load,
+    power_of_2,
+    store,
+    sum_of_parts,
+)  # fmt: skip
 
 _PROGRAMS = 128  # as many as a large GPU runs at once; a constant, so that it cannot change bits
 
@@ -172,10 +183,12 @@ def finish_forward(
     )  # fmt: skip
 
 
-def finish_input(raw: Tensor, x: Tensor, out: Tensor, rule: Rule, below: Rule | None) -> None:
+def finish_input(
+    raw: Tensor, x: Tensor, out: Tensor, rule: Rule, below: Rule | Derivative | None
+) -> None:
     """Input reward from raw [parts, *x in the order of its memory]; ``x`` lies like ``out``."""
     launch(
         finish_input_kernel, blocks(out.numel()), out, raw, x, out, out.numel(), raw.shape[0],
-        1.0 if below is None else below.stabilizer, RULE=rule.code, SIGNAL_OUT=below is not None,
+        below_eps(below), RULE=rule.code, SIGNAL_OUT=below_code(below),
         BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -32,8 +32,8 @@ def _input_reward(x: Tensor, reward: Tensor, need: bool) -> Tensor:
 
 
 def _redistribute(
-    x, weight, bias, z, reward, stride, padding, dilation, transposed, output_padding, groups,
-    rule, params, need_input, need_weight, need_bias, chain, product,
+    x, weight, bias, z, reward, matrix, stride, padding, dilation, transposed, output_padding,
+    groups, rule, params, need_input, need_weight, need_bias, chain, product,
 ):  # fmt: skip
     return (
         _input_reward(x, reward, need_input),
@@ -43,8 +43,8 @@ def _redistribute(
 
 
 def _redistribute_update(
-    x, weight, bias, z, reward, weight_state, bias_state, stride, padding, dilation, transposed,
-    output_padding, groups, rule, params, optimizer, hyper, bias_optimizer, bias_hyper,
+    x, weight, bias, z, reward, matrix, weight_state, bias_state, stride, padding, dilation,
+    transposed, output_padding, groups, rule, params, optimizer, hyper, bias_optimizer, bias_hyper,
     need_input, chain, product,
 ):  # fmt: skip
     return _input_reward(x, reward, need_input)
@@ -61,16 +61,16 @@ define(
     _forward,
 )
 define(
-    f"conv_redistribute(Tensor x, Tensor weight, Tensor? bias, Tensor z, Tensor reward, {_GEOMETRY}"
-    ", int rule, float[] params, bool need_input, bool need_weight, bool need_bias, int chain, "
-    "ScalarType product) -> (Tensor, Tensor, Tensor)",
+    "conv_redistribute(Tensor x, Tensor weight, Tensor? bias, Tensor z, Tensor reward, "
+    f"Tensor? matrix, {_GEOMETRY}, int rule, float[] params, bool need_input, bool need_weight, "
+    "bool need_bias, int chain, ScalarType product) -> (Tensor, Tensor, Tensor)",
     _redistribute,
 )
 define(
     "conv_redistribute_update(Tensor x, Tensor(a!) weight, Tensor(b!)? bias, Tensor z, "
-    f"Tensor reward, Tensor(c!)[] weight_state, Tensor(d!)[] bias_state, {_GEOMETRY}, int rule, "
-    "float[] params, int optimizer, float[] hyper, int bias_optimizer, float[] bias_hyper, "
-    "bool need_input, int chain, ScalarType product) -> Tensor",
+    "Tensor reward, Tensor? matrix, Tensor(c!)[] weight_state, Tensor(d!)[] bias_state, "
+    f"{_GEOMETRY}, int rule, float[] params, int optimizer, float[] hyper, int bias_optimizer, "
+    "float[] bias_hyper, bool need_input, int chain, ScalarType product) -> Tensor",
     _redistribute_update,
 )
 register("conv", native=native, triton=_triton, reference=reference)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...optim import Update
-from ...rules import SIGNAL_IN, SIGNAL_OUT, Rule, run_params
+from ...optim import FROZEN, Update
+from ...rules import RuleCall
 from .geometry import ConvGeometry
 
 _ops = torch.ops.lfp_kernels
@@ -25,16 +25,12 @@ def redistribute(
     z: Tensor,
     reward: Tensor,
     geometry: ConvGeometry,
-    rule: Rule,
+    call: RuleCall,
     need: tuple[bool, bool, bool],
-    below: Rule | None,
-    signal_in: bool,
-    product_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    chain = (SIGNAL_IN if signal_in else 0) | (0 if below is None else SIGNAL_OUT)
     results = _ops.conv_redistribute.default(
-        x, weight, bias, z, reward, *geometry, rule.code, run_params(rule, below), *need, chain,
-        product_dtype,
+        x, weight, bias, z, reward, call.matrix, *geometry, call.rule.code, call.params, *need,
+        call.chain, call.product_dtype,
     )  # fmt: skip
     wanted = (need[0], need[1], need[2] and bias is not None)
     input_reward, weight_feedback, bias_feedback = (
@@ -52,31 +48,30 @@ def redistribute_update(
     geometry: ConvGeometry,
     weight_update: Update,
     bias_update: Update | None,
-    rule: Rule,
+    call: RuleCall,
     need_input: bool,
-    below: Rule | None,
-    signal_in: bool,
-    product_dtype: torch.dtype,
 ) -> Tensor | None:
-    chain = (SIGNAL_IN if signal_in else 0) | (0 if below is None else SIGNAL_OUT)
     other = weight_update if bias_update is None else bias_update
+    if not call.rule.split and bias_update is None:  # nobody reads it
+        bias = None
     input_reward = _ops.conv_redistribute_update.default(
         x,
         weight,
-        bias if bias_update is not None else None,
+        bias,
         z,
         reward,
+        call.matrix,
         weight_update.states,
         bias_update.states if bias_update is not None else [],
         *geometry,
-        rule.code,
-        run_params(rule, below),
+        call.rule.code,
+        call.params,
         weight_update.code,
         weight_update.hyper,
-        other.code,
+        FROZEN if bias_update is None else other.code,
         other.hyper,
         need_input,
-        chain,
-        product_dtype,
+        call.chain,
+        call.product_dtype,
     )
     return input_reward if need_input else None

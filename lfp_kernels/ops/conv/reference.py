@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...optim import Update
-from ...rules import Rule, accumulate_dtype, finish_input
+from ...rules import RuleCall, accumulate_dtype, finish_below, finish_input
+from .._split import redistribute_split
 from ..update.reference import apply_update
 from .geometry import ConvGeometry
 
@@ -28,19 +29,16 @@ def redistribute(
     z: Tensor,
     reward: Tensor,
     geometry: ConvGeometry,
-    rule: Rule,
+    call: RuleCall,
     need: tuple[bool, bool, bool],
-    below: Rule | None,
-    signal_in: bool,
-    product_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dtype, acc = x.dtype, accumulate_dtype(x.dtype)
+    rule, dtype, acc = call.rule, x.dtype, accumulate_dtype(x.dtype)
     x, w, z, reward = x.to(acc), weight.to(acc), z.to(acc), reward.to(acc)
-    s = reward if signal_in else rule.prologue(reward, z)
+    b = None if bias is None else bias.to(acc)
     # fp16 products run in float32: s may leave fp16's range.
-    narrow = acc if product_dtype == torch.float16 else product_dtype
+    narrow = acc if call.product_dtype == torch.float16 else call.product_dtype
 
-    def product(wanted: str, matrix: Tensor) -> Tensor:
+    def product(s: Tensor, x: Tensor, matrix: Tensor, wanted: str) -> Tensor:
         """J_x^T s or J_W^T s."""
         if s.numel() == 0 or x.numel() == 0:
             return torch.zeros_like(x if wanted == "x" else w)
@@ -51,14 +49,31 @@ def redistribute(
         return (g_x if wanted == "x" else g_w).to(acc)
 
     input_reward = weight_feedback = bias_feedback = None
-    if need[0]:
-        input_reward = finish_input(rule, below, product("x", rule.matrix(w)), x).to(dtype)
-    if need[1]:
-        weight_feedback = rule.weight_epilogue(product("weight", w), w).to(dtype)
-    if need[2] and bias is not None:
-        space = [d for d in range(s.dim()) if d != 1]
-        bias_feedback = rule.weight_epilogue(s.sum(space), bias.to(acc)).to(dtype)
-    return input_reward, weight_feedback, bias_feedback
+    if rule.split:
+        narrow = acc
+        space = (1, -1) + (1,) * (x.dim() - 2)
+        input_reward, weight_feedback, bias_feedback = redistribute_split(
+            x, w, b, z, reward, rule, need,
+            lambda v, m: torch.convolution(v, m, None, *geometry) if v.numel() else z,
+            lambda s, m: product(s, x, m, "x"),
+            lambda s, v: product(s, v, w, "weight"),
+            lambda v: v.reshape(space),
+        )  # fmt: skip
+        if input_reward is not None:
+            input_reward = finish_below(input_reward, call.below, input_reward, x)
+    else:
+        s = reward if call.signal_in else rule.prologue(reward, z)
+        if need[0]:
+            given = None if call.matrix is None else call.matrix.to(acc)
+            g = product(s, x, rule.matrix(w, given), "x")
+            input_reward = finish_input(rule, call.below, g, x)
+        if need[1]:
+            weight_feedback = rule.weight_epilogue(product(s, x, w, "weight"), w)
+        if need[2] and b is not None:
+            bias_feedback = rule.weight_epilogue(s.sum([d for d in range(s.dim()) if d != 1]), b)
+    found = (input_reward, weight_feedback, bias_feedback)
+    first, second, third = (None if t is None else t.to(dtype) for t in found)
+    return first, second, third
 
 
 def redistribute_update(
@@ -70,15 +85,12 @@ def redistribute_update(
     geometry: ConvGeometry,
     weight_update: Update,
     bias_update: Update | None,
-    rule: Rule,
+    call: RuleCall,
     need_input: bool,
-    below: Rule | None,
-    signal_in: bool,
-    product_dtype: torch.dtype,
 ) -> Tensor | None:
     need = (need_input, True, bias_update is not None)
     input_reward, weight_feedback, bias_feedback = redistribute(
-        x, weight, bias, z, reward, geometry, rule, need, below, signal_in, product_dtype
+        x, weight, bias, z, reward, geometry, call, need
     )
     assert weight_feedback is not None
     apply_update(weight, weight_feedback, weight_update)

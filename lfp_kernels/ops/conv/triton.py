@@ -5,21 +5,23 @@ The products are those of triton_kernels.py; this module says which operand is w
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...optim import Update
-from ...rules import Gradient, Rule, accumulate_dtype
+from ...rules import Gradient, Rule, RuleCall, accumulate_dtype
 from .._triton import (
     FEEDBACK,
     NO_HYPER,
     PARTIAL,
     arranged_like,
+    below_code,
+    below_eps,
     blocks,
     finish,
     launch,
     power_of_2,
     prologue_code,
+    refuse_unsupported,
     states_of,
 )
 from .._triton_product import (
@@ -114,21 +116,24 @@ def forward(
 
 
 def _input_reward(
-    x: Tensor, weight: Tensor, z: Tensor, reward: Tensor, geometry: ConvGeometry, rule: Rule,
-    below: Rule | None, signal_in: bool, mode: str,
+    x: Tensor, weight: Tensor, z: Tensor, reward: Tensor, geometry: ConvGeometry, call: RuleCall,
+    mode: str,
 ) -> Tensor:  # fmt: skip
+    rule, below = call.rule, call.below
+    if call.matrix is not None:  # B is the weight of this product
+        weight = call.matrix.contiguous()
     last = strided_channels_last(x) or strided_channels_last(reward)
     out = empty(x, x.shape, last)
     if out.numel() == 0:
         return out
     x = arranged_like(out, x)
     meta = {
-        "PROLOGUE": prologue_code(rule, signal_in), "EPILOGUE": "input", "BIAS": False,
-        "RELU": False, "RULE": rule.code, "SIGNAL_OUT": below is not None,
+        "PROLOGUE": prologue_code(rule, call.signal_in), "EPILOGUE": "input", "BIAS": False,
+        "RELU": False, "RULE": rule.code, "SIGNAL_OUT": below_code(below),
     }  # fmt: skip
     partial = _product(
         reward, z, weight, out, x, geometry, not geometry.transposed, mode, last, rule.stabilizer,
-        1.0 if below is None else below.stabilizer, meta,
+        below_eps(below), meta,
     )  # fmt: skip
     if partial is not None:
         finish_input(partial, x, out, rule, below)
@@ -203,16 +208,15 @@ def redistribute(
     z: Tensor,
     reward: Tensor,
     geometry: ConvGeometry,
-    rule: Rule,
+    call: RuleCall,
     need: tuple[bool, bool, bool],
-    below: Rule | None,
-    signal_in: bool,
-    product_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    rule, signal_in, product_dtype = call.rule, call.signal_in, call.product_dtype
+    refuse_unsupported("conv_redistribute", rule, need[0])
     mode, weight = feedback_mode(x.dtype, product_dtype), weight.contiguous()
     input_reward = bias_feedback = None
     if need[0]:
-        input_reward = _input_reward(x, weight, z, reward, geometry, rule, below, signal_in, mode)
+        input_reward = _input_reward(x, weight, z, reward, geometry, call, mode)
     weight_feedback, sums, parts = _weight(
         x, weight, z, reward, geometry, rule, signal_in, mode, None,
         (need[1], need[2] and bias is not None),
@@ -232,16 +236,15 @@ def redistribute_update(
     geometry: ConvGeometry,
     weight_update: Update,
     bias_update: Update | None,
-    rule: Rule,
+    call: RuleCall,
     need_input: bool,
-    below: Rule | None,
-    signal_in: bool,
-    product_dtype: torch.dtype,
 ) -> Tensor | None:
+    rule, signal_in, product_dtype = call.rule, call.signal_in, call.product_dtype
+    refuse_unsupported("conv_redistribute_update", rule, need_input)
     mode = feedback_mode(x.dtype, product_dtype)
     input_reward = None
     if need_input:  # reads W before any tile of it changes
-        input_reward = _input_reward(x, weight, z, reward, geometry, rule, below, signal_in, mode)
+        input_reward = _input_reward(x, weight, z, reward, geometry, call, mode)
     of_bias = bias is not None and bias_update is not None
     _, sums, parts = _weight(
         x, weight, z, reward, geometry, rule, signal_in, mode, weight_update, (True, of_bias)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .._triton import (
-    GRADIENT,
+    IDENTITY,
     PARTIAL,
     accumulate_type,
     finish_weight,
@@ -133,7 +133,7 @@ def product_kernel(
         )  # fmt: skip
         mask = inside & (row < rows) & along(k_inside, O)
         at = src_at + offset + along(channel, O) * src_c
-        if PROLOGUE == GRADIENT:
+        if (PROLOGUE & 15) == IDENTITY:
             src = tl.load(at, mask=mask, other=0.0)
         else:
             z_offset, _ = _taps(

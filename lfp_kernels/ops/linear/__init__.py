@@ -16,7 +16,19 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tens
 
 
 def _redistribute(
-    x, weight, bias, z, reward, rule, params, need_input, need_weight, need_bias, chain, product
+    x,
+    weight,
+    bias,
+    z,
+    reward,
+    matrix,
+    rule,
+    params,
+    need_input,
+    need_weight,
+    need_bias,
+    chain,
+    product,
 ):
     return (
         x.new_empty(x.shape if need_input else (0,)),
@@ -26,7 +38,7 @@ def _redistribute(
 
 
 def _redistribute_update(
-    x, weight, bias, z, reward, weight_state, bias_state, rule, params, optimizer, hyper,
+    x, weight, bias, z, reward, matrix, weight_state, bias_state, rule, params, optimizer, hyper,
     bias_optimizer, bias_hyper, need_input, chain, product,
 ):  # fmt: skip
     return x.new_empty(x.shape if need_input else (0,))
@@ -40,16 +52,16 @@ def _triton() -> ModuleType:
 
 define("linear_forward(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor", _forward)
 define(
-    "linear_redistribute(Tensor x, Tensor weight, Tensor? bias, Tensor z, Tensor reward, int rule, "
-    "float[] params, bool need_input, bool need_weight, bool need_bias, int chain, "
-    "ScalarType product) -> (Tensor, Tensor, Tensor)",
+    "linear_redistribute(Tensor x, Tensor weight, Tensor? bias, Tensor z, Tensor reward, "
+    "Tensor? matrix, int rule, float[] params, bool need_input, bool need_weight, bool need_bias, "
+    "int chain, ScalarType product) -> (Tensor, Tensor, Tensor)",
     _redistribute,
 )
 define(
     "linear_redistribute_update(Tensor x, Tensor(a!) weight, Tensor(b!)? bias, Tensor z, "
-    "Tensor reward, Tensor(c!)[] weight_state, Tensor(d!)[] bias_state, int rule, float[] params, "
-    "int optimizer, float[] hyper, int bias_optimizer, float[] bias_hyper, bool need_input, "
-    "int chain, ScalarType product) -> Tensor",
+    "Tensor reward, Tensor? matrix, Tensor(c!)[] weight_state, Tensor(d!)[] bias_state, int rule, "
+    "float[] params, int optimizer, float[] hyper, int bias_optimizer, float[] bias_hyper, "
+    "bool need_input, int chain, ScalarType product) -> Tensor",
     _redistribute_update,
 )
 register("linear", native=native, triton=_triton, reference=reference)

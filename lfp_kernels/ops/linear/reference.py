@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...optim import Update
-from ...rules import Rule, accumulate_dtype, finish_input
+from ...rules import RuleCall, accumulate_dtype, finish_below, finish_input
+from .._split import redistribute_split
 from ..update.reference import apply_update
 
 
@@ -22,29 +23,40 @@ def redistribute(
     bias: Tensor | None,
     z: Tensor,
     reward: Tensor,
-    rule: Rule,
+    call: RuleCall,
     need: tuple[bool, bool, bool],
-    below: Rule | None,
-    signal_in: bool,
-    product_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dtype, acc = x.dtype, accumulate_dtype(x.dtype)
+    rule, dtype, acc = call.rule, x.dtype, accumulate_dtype(x.dtype)
     x, w, z, reward = x.to(acc), weight.to(acc), z.to(acc), reward.to(acc)
-    s = reward if signal_in else rule.prologue(reward, z)
+    b = None if bias is None else bias.to(acc)
+    narrow = call.product_dtype
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        if product_dtype.itemsize < acc.itemsize and product_dtype != torch.float16:
-            return (a.to(product_dtype) @ b.to(product_dtype)).to(acc)
+        if narrow.itemsize < acc.itemsize and narrow != torch.float16:
+            return (a.to(narrow) @ b.to(narrow)).to(acc)
         return a @ b
 
     input_reward = weight_feedback = bias_feedback = None
-    if need[0]:
-        input_reward = finish_input(rule, below, product(s, rule.matrix(w)), x).to(dtype)
-    if need[1]:
-        weight_feedback = rule.weight_epilogue(product(s.t(), x), w).to(dtype)
-    if need[2] and bias is not None:
-        bias_feedback = rule.weight_epilogue(s.sum(0), bias.to(acc)).to(dtype)
-    return input_reward, weight_feedback, bias_feedback
+    if rule.split:
+        input_reward, weight_feedback, bias_feedback = redistribute_split(
+            x, w, b, z, reward, rule, need,
+            lambda v, m: v @ m.t(), lambda s, m: s @ m, lambda s, v: s.t() @ v, lambda v: v,
+        )  # fmt: skip
+        if input_reward is not None:
+            input_reward = finish_below(input_reward, call.below, input_reward, x)
+    else:
+        s = reward if call.signal_in else rule.prologue(reward, z)
+        if need[0]:
+            given = None if call.matrix is None else call.matrix.to(acc)
+            g = product(s, rule.matrix(w, given))
+            input_reward = finish_input(rule, call.below, g, x)
+        if need[1]:
+            weight_feedback = rule.weight_epilogue(product(s.t(), x), w)
+        if need[2] and b is not None:
+            bias_feedback = rule.weight_epilogue(s.sum(0), b)
+    found = (input_reward, weight_feedback, bias_feedback)
+    first, second, third = (None if t is None else t.to(dtype) for t in found)
+    return first, second, third
 
 
 def redistribute_update(
@@ -55,15 +67,12 @@ def redistribute_update(
     reward: Tensor,
     weight_update: Update,
     bias_update: Update | None,
-    rule: Rule,
+    call: RuleCall,
     need_input: bool,
-    below: Rule | None,
-    signal_in: bool,
-    product_dtype: torch.dtype,
 ) -> Tensor | None:
     need = (need_input, True, bias_update is not None)
     input_reward, weight_feedback, bias_feedback = redistribute(
-        x, weight, bias, z, reward, rule, need, below, signal_in, product_dtype
+        x, weight, bias, z, reward, call, need
     )
     assert weight_feedback is not None
     apply_update(weight, weight_feedback, weight_update)

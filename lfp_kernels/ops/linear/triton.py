@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...optim import Update
-from ...rules import Rule, accumulate_dtype
+from ...rules import Derivative, Matrix, Rule, RuleCall, accumulate_dtype
 from .._triton import (
     FEEDBACK,
     NO_HYPER,
     PARTIAL,
+    below_code,
+    below_eps,
     blocks,
     finish,
     launch,
@@ -26,6 +27,7 @@ from .._triton_product import (
     tiles,
 )
 from .triton_kernels import forward_kernel, input_kernel, one_pass_kernel, weight_kernel
+from .triton_split import redistribute_split
 
 _PROGRAMS = 256  # of the one-pass kernel
 _SMALL = 32  # rows up to which one program holds the whole batch
@@ -56,9 +58,15 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tenso
 
 
 def _input_reward(
-    x: Tensor, weight: Tensor, z: Tensor, reward: Tensor, rule: Rule, below: Rule | None,
-    signal_in: bool, mode: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weight: Tensor, z: Tensor, reward: Tensor, call: RuleCall, mode: str
+) -> Tensor:
+    rule, below, given = call.rule, call.below, call.matrix
+    code = rule.code
+    if rule.matrix_code == Matrix.GIVEN and given is not None:  # the weight of this product
+        weight, code = given, code - (Matrix.GIVEN << 4)
+    elif rule.matrix_code != Matrix.WEIGHT:
+        weight = weight.contiguous()
+        given = weight if given is None else given.contiguous()
     out = x.new_empty(x.shape)
     (rows, inputs), outputs = x.shape, weight.shape[0]
     tile = tiles(rows, inputs, outputs, mode)
@@ -68,10 +76,11 @@ def _input_reward(
         target = x.new_empty((tile.splits, *x.shape), dtype=accumulate_dtype(x.dtype))
     if out.numel():
         launch(
-            input_kernel, tile.programs(rows, inputs), x, x, weight, reward, z, target, rows,
-            inputs, outputs, tile.part(outputs), *x.stride(), *weight.stride(), *reward.stride(),
-            *z.stride(), rule.stabilizer, 1.0 if below is None else below.stabilizer,
-            PROLOGUE=prologue_code(rule, signal_in), RULE=rule.code, SIGNAL_OUT=below is not None,
+            input_kernel, tile.programs(rows, inputs), x, x, weight,
+            weight if given is None else given, reward, z, target, rows, inputs, outputs,
+            tile.part(outputs), rule.random_seed, *x.stride(), *weight.stride(), *reward.stride(),
+            *z.stride(), rule.stabilizer, below_eps(below), rule.first,
+            PROLOGUE=prologue_code(rule, call.signal_in), RULE=code, SIGNAL_OUT=below_code(below),
             SPLIT=split, MODE=mode, **tile.options(),
         )  # fmt: skip
         if split:
@@ -116,7 +125,7 @@ def _weight(
 
 def _one_pass(
     x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, reward: Tensor,
-    weight_update: Update, bias_update: Update | None, rule: Rule, below: Rule | None,
+    weight_update: Update, bias_update: Update | None, rule: Rule, below: Rule | Derivative | None,
     signal_in: bool, mode: str,
 ) -> Tensor:  # fmt: skip
     (rows, inputs), outputs = x.shape, weight.shape[0]
@@ -149,16 +158,16 @@ def redistribute(
     bias: Tensor | None,
     z: Tensor,
     reward: Tensor,
-    rule: Rule,
+    call: RuleCall,
     need: tuple[bool, bool, bool],
-    below: Rule | None,
-    signal_in: bool,
-    product_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    rule, signal_in, product_dtype = call.rule, call.signal_in, call.product_dtype
+    if rule.split:
+        return redistribute_split(x, weight, bias, z, reward, call, need)
     mode = feedback_mode(x.dtype, product_dtype)
     input_reward = weight_feedback = bias_feedback = None
     if need[0]:
-        input_reward = _input_reward(x, weight, z, reward, rule, below, signal_in, mode)
+        input_reward = _input_reward(x, weight, z, reward, call, mode)
     of_bias = need[2] and bias is not None
     if need[1] or of_bias:
         weight_feedback, sums, parts = _weight(
@@ -178,20 +187,26 @@ def redistribute_update(
     reward: Tensor,
     weight_update: Update,
     bias_update: Update | None,
-    rule: Rule,
+    call: RuleCall,
     need_input: bool,
-    below: Rule | None,
-    signal_in: bool,
-    product_dtype: torch.dtype,
 ) -> Tensor | None:
+    rule, below, signal_in, product_dtype = (
+        call.rule, call.below, call.signal_in, call.product_dtype
+    )  # fmt: skip
+    if rule.split:
+        need = (need_input, True, bias is not None and bias_update is not None)
+        return redistribute_split(
+            x, weight, bias, z, reward, call, need, weight_update, bias_update
+        )[0]
     mode = feedback_mode(x.dtype, product_dtype)
-    if need_input and x.shape[0] <= _SMALL and mode != "fp64" and x.numel() and weight.numel():
+    shared = need_input and rule.matrix_code == Matrix.WEIGHT  # W is in both products
+    if shared and x.shape[0] <= _SMALL and mode != "fp64" and x.numel() and weight.numel():
         return _one_pass(
             x, weight, bias, z, reward, weight_update, bias_update, rule, below, signal_in, mode
         )
     input_reward = None
     if need_input:  # reads W before any tile of it changes
-        input_reward = _input_reward(x, weight, z, reward, rule, below, signal_in, mode)
+        input_reward = _input_reward(x, weight, z, reward, call, mode)
     of_bias = bias is not None and bias_update is not None
     _, sums, parts = _weight(
         x, weight, z, reward, rule, signal_in, mode, weight_update, (True, of_bias)

@@ -13,11 +13,13 @@ import triton.language as tl
 
 from .._triton import (
     PARTIAL,
+    WEIGHT,
     accumulate_type,
     finish_weight,
     input_epilogue,
     load,
     load_signal,
+    made_matrix,
     store,
 )
 from .._triton_product import GROUP, product, tile_of
@@ -58,12 +60,13 @@ def forward_kernel(
     store(z_ptr + offset, total, (row < rows) & (output < outputs))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def input_kernel(
-    x_ptr, w_ptr, r_ptr, z_ptr, out_ptr, rows, inputs, outputs, part, x_row, x_column, w_row,
-    w_column, r_row, r_column, z_row, z_column, eps: tl.float64, below: tl.float64,
-    PROLOGUE: tl.constexpr, RULE: tl.constexpr, SIGNAL_OUT: tl.constexpr, SPLIT: tl.constexpr,
-    MODE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    x_ptr, w_ptr, given_ptr, r_ptr, z_ptr, out_ptr, rows, inputs, outputs, part, seed, x_row,
+    x_column, w_row, w_column, r_row, r_column, z_row, z_column, eps: tl.float64,
+    below: tl.float64, a: tl.float64, PROLOGUE: tl.constexpr, RULE: tl.constexpr,
+    SIGNAL_OUT: tl.constexpr, SPLIT: tl.constexpr, MODE: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """out[rows, inputs] = input_epilogue(s w, x); with SPLIT s w over ``part`` of the outputs"""
     acc: tl.constexpr = accumulate_type(x_ptr.dtype.element_ty)
@@ -80,7 +83,11 @@ def input_kernel(
     total = tl.zeros([M, N], acc)
     for first in range(start, end, K):
         s = load_signal(r_at, z_at, (row < rows) & (k[None, :] < end - first), eps, PROLOGUE)
-        w = tl.load(w_at, mask=(k[:, None] < end - first) & (column < inputs), other=0.0)
+        w_mask = (k[:, None] < end - first) & (column < inputs)
+        w = tl.load(w_at, mask=w_mask, other=0.0)
+        if ((RULE >> 4) & 15) != WEIGHT:  # B lies like W, both contiguous
+            index = tl.cast(first + k, tl.int64)[:, None] * inputs + column
+            w = made_matrix(w, given_ptr + index, w_mask, index, a, seed, RULE)
         total = product(s, w, total, MODE)
         r_at += r_step
         z_at += z_step

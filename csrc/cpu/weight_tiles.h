@@ -1,0 +1,73 @@
+// The weight product s^T x [O, I] tile by tile: each tile is a library product in a core's own
+// cache and goes to its epilogue before the next one is made, so that the whole never exists.
+#pragma once
+
+#include "aten.h"
+#include "loops.h"
+
+namespace lfp::cpu {
+
+// Elements of a tile: at most about 1 MB. A layer gives each thread at least four tiles, so that
+// its feedback is never held whole, down to tiles not worth a call.
+constexpr int64_t kLargestTile = 1 << 18;
+constexpr int64_t kSmallestTile = 1 << 16;
+constexpr int64_t kTransposeBlock = 16;
+
+// out[rows,N] = transpose of s[N, begin : begin+rows]
+template <class P>
+void transpose_columns(const P* s, P* out, int64_t n, int64_t stride, int64_t begin, int64_t rows) {
+  for (int64_t o0 = 0; o0 < rows; o0 += kTransposeBlock) {
+    const int64_t o1 = std::min(rows, o0 + kTransposeBlock);
+    for (int64_t k = 0; k < n; ++k)
+      for (int64_t o = o0; o < o1; ++o) out[o * n + k] = s[k * stride + begin + o];
+  }
+}
+
+// visit(first row, rows, tile) for tiles [rows, I] of s^T x, spread over the threads, after
+// form(first row, rows, columns) has written columns [rows, N] of s^T. An empty batch has zero
+// tiles and forms nothing: weight decay and momentum still act.
+template <class P, class Form, class Visit>
+void weight_tiles(const Tensor& x, int64_t out, Form form, Visit visit) {
+  const int64_t n = x.size(0), in = x.size(1);
+  if (in == 0 || out == 0) return;
+  const int64_t work = std::max<int64_t>(n, 8) * in * out;
+  const int64_t threads =
+      std::clamp<int64_t>(work / kProductGrain, 1, torch::stable::get_num_threads());
+  const int64_t share = (out + threads - 1) / threads;
+  // Every thread gets the same number of tiles, of one height.
+  const int64_t target = std::clamp(share * in / 4, kSmallestTile, kLargestTile);
+  const int64_t each = std::max<int64_t>(1, (share * in + target / 2) / target);
+  const int64_t rows = std::max<int64_t>((share + each - 1) / each, std::min<int64_t>(share, 16));
+  const int64_t tiles = (out + rows - 1) / rows;
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+    const std::vector<P> zeros(n == 0 ? rows * in : 0, P(0));
+    std::vector<P> columns(rows * n);
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t begin = t * rows, count = std::min(rows, out - begin);
+      if (n == 0) {
+        visit(begin, count, zeros.data());
+        continue;
+      }
+      form(begin, count, columns.data());
+      const Tensor a = matrix_view(x, columns.data(), count, n, n, 1);
+      const Tensor b = matrix_view(x, x.data_ptr(), in, n, 1, in);
+      const Tensor tile = product_nt(a, b, std::nullopt);
+      visit(begin, count, data<P>(tile));
+    }
+  });
+}
+
+// The tiles of a signal s[N, O] in memory.
+template <class P, class Visit>
+void signal_tiles(const Tensor& s, const Tensor& x, Visit visit) {
+  const int64_t n = s.size(0), out = s.size(1);
+  const P* from = data<P>(s);
+  weight_tiles<P>(
+      x, out,
+      [=](int64_t begin, int64_t rows, P* columns) {
+        transpose_columns(from, columns, n, out, begin, rows);
+      },
+      visit);
+}
+
+}  // namespace lfp::cpu

@@ -1,0 +1,1 @@
+"""The programming interfaces of other packages, on these kernels (docs/migration.md)."""

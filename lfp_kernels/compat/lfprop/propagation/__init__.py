@@ -1,0 +1,1 @@
+"""Composites and rules (:mod:`.propagator_lxt`)."""

@@ -1,0 +1,89 @@
+"""One model under one composite: the wrapped forward, and what each layer's weight goes with."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.overrides import resolve_name
+
+from ..capture import RewardMode
+from ..rules import Rule
+
+if TYPE_CHECKING:
+    from .base import Composite
+
+MARK = "_lfp_attachment"
+
+
+class LayerRule(NamedTuple):
+    """What a weight goes with: its rule, its feedback matrix, and who makes its input reward."""
+
+    rule: Rule
+    matrix: Tensor | None = None
+    teacher: Callable[[Tensor], Tensor] | None = None
+    name: str = ""
+
+
+class Attachment:
+    """One model under one composite: weight -> rule, and the wrapped forward."""
+
+    def __init__(self, composite: Composite, model: nn.Module) -> None:
+        self.composite = composite
+        self.model = model
+        self.function_rule = composite.function_rule
+        self.product_dtype = composite.product_dtype
+        self.names_left_out: set[str] = set()
+        self.linear = False  # LinBP: activations pass rewards unchanged from here on
+        # A parameter's rule is that of the layer that owns it.
+        self._rules = {
+            id(parameter): composite.layer(name, module)
+            for name, module in model.named_modules()
+            for parameter in module.parameters(recurse=False)
+        }
+
+    def install(self) -> None:
+        self._own_forward = self.model.__dict__.get("forward")
+        original = self.model.forward
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.linear = self.composite.begins_linear(None)
+            with RewardMode(self):
+                return self.composite.finish(original(*args, **kwargs))
+
+        # Straight into __dict__: nothing of the module's registries changes.
+        self.model.__dict__["forward"] = forward
+        self.model.__dict__[MARK] = self
+
+    def remove(self) -> None:
+        del self.model.__dict__[MARK]
+        if self._own_forward is None:
+            del self.model.__dict__["forward"]
+        else:
+            self.model.__dict__["forward"] = self._own_forward
+
+    def rule_of_weight(self, weight: Tensor) -> LayerRule:
+        found = self._rules.get(id(weight)) or LayerRule(self.composite.rule)
+        self.linear = self.linear or self.composite.begins_linear(found.name)
+        now = self.composite.rule_now(found.rule)
+        return found if now is found.rule else found._replace(rule=now)
+
+    def left_out(self, function: Any, args: Any, kwargs: Any) -> None:
+        """A differentiable function without a rule took part in forward."""
+        name = resolve_name(function) or getattr(function, "__name__", repr(function))
+        if self.composite.default == "error":
+            shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
+            raise ValueError(
+                f"composite: function {name} on tensors of shapes {shapes} has no rule; choose "
+                "default='gradient' to let the plain gradient act on the reward there"
+            )
+        if name not in self.names_left_out:
+            self.names_left_out.add(name)
+            warnings.warn(
+                f"lfp_kernels: {name} has no rule; the plain gradient acts on the reward there",
+                stacklevel=4,
+            )

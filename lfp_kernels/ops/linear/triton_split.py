@@ -1,0 +1,284 @@
+"""Rules with two signals on the linear layer in Triton (docs/math.md, section 3).
+
+  P  = x_a Wp^T + x_b Wn^T     N  = x_a Wn^T + x_b Wp^T     u, v = signals(r, z, P, N)
+  g1 = u Wp + v Wn             g2 = u Wn + v Wp             r_in = x_a g1 + x_b g2
+  f1 = u^T x_a + v^T x_b       f2 = u^T x_b + v^T x_a       feedback = sign(W) (Wp f1 + Wn f2)
+Each line is one launch that reads x and W once and forms their parts in registers; factors that are
+0 everywhere are left out. Exact float32 (float64 for float64), whatever product type was asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...optim import Update
+from ...rules import Gradient, Map, Parts, RuleCall, Signals, accumulate_dtype
+from .._triton import (
+    FEEDBACK,
+    NO_HYPER,
+    RELU,
+    SIGMOID,
+    TANH,
+    accumulate_type,
+    below_code,
+    divide,
+    finish,
+    finish_weight,
+    launch,
+    load,
+    stabilize,
+    states_of,
+    store,
+)
+from .._triton_product import GROUP, Tiles, product, tile_of, tiles
+
+_FINISHED = tl.constexpr(Gradient.code)  # its weight epilogue is the identity
+_PLUS, _ALPHA_BETA = tl.constexpr(int(Signals.PLUS)), tl.constexpr(int(Signals.ALPHA_BETA))
+_GAMMA = tl.constexpr(int(Signals.GAMMA))
+_ALL_ONES, _BOX = tl.constexpr(int(Parts.ONES)), tl.constexpr(int(Parts.BOX))
+_SQUARE, _ONE = tl.constexpr(int(Map.SQUARE)), tl.constexpr(int(Map.ONES))
+_VALUE = tl.constexpr(int(Map.VALUE))
+
+
+@triton.jit
+def input_parts(x, inside, a, b, RULE: tl.constexpr):
+    """x_a, x_b; 0 outside, which is not the part of 0"""
+    KIND: tl.constexpr = (RULE >> 20) & 15
+    if KIND == _ALL_ONES:
+        zero = tl.zeros_like(x)
+        return tl.where(inside, zero + 1, zero), zero
+    elif KIND == _BOX:
+        return tl.where(inside, x - a, 0.0), tl.where(inside, x - b, 0.0)
+    else:
+        return tl.where(x < 0, 0.0, x), tl.where(x > 0, 0.0, x)
+
+
+@triton.jit
+def weight_parts(w, inside, RULE: tl.constexpr):
+    """Wp, Wn"""
+    KIND: tl.constexpr = (RULE >> 24) & 15
+    if KIND == _ONE:
+        w = tl.where(inside, tl.zeros_like(w) + 1, 0.0)
+    elif KIND == _SQUARE:
+        w = w * w
+    return tl.where(w < 0, 0.0, w), tl.where(w > 0, 0.0, w)
+
+
+@triton.jit
+def signals_kernel(
+    x_ptr, w_ptr, bias_ptr, r_ptr, z_ptr, u_ptr, v_ptr, rows, inputs, outputs, eps: tl.float64,
+    a: tl.float64, b: tl.float64, RULE: tl.constexpr, BIAS: tl.constexpr, SECOND: tl.constexpr,
+    MODE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """u, v [rows, outputs]; SECOND: whether x_b is anything but 0"""
+    acc: tl.constexpr = accumulate_type(x_ptr.dtype.element_ty)
+    KIND: tl.constexpr = (RULE >> 16) & 15
+    _, m, n = tile_of(tl.program_id(0), tl.cdiv(rows, M), tl.cdiv(outputs, N), GROUP)
+    a, b, eps = a.to(acc), b.to(acc), eps.to(acc)
+    row, output = m * M + tl.arange(0, M)[:, None], n * N + tl.arange(0, N)[:, None]
+    positive, negative = tl.zeros([M, N], acc), tl.zeros([M, N], acc)
+    for first in range(0, inputs, K):
+        k = first + tl.arange(0, K)[None, :]
+        x_mask, w_mask = (row < rows) & (k < inputs), (output < outputs) & (k < inputs)
+        x_a, x_b = input_parts(load(x_ptr + row * inputs + k, x_mask), x_mask, a, b, RULE)
+        w_p, w_n = weight_parts(load(w_ptr + output * inputs + k, w_mask), w_mask, RULE)
+        positive = product(x_a, tl.trans(w_p), positive, MODE)
+        if SECOND:
+            positive = product(x_b, tl.trans(w_n), positive, MODE)
+        if KIND != _PLUS:
+            negative = product(x_a, tl.trans(w_n), negative, MODE)
+            if SECOND:
+                negative = product(x_b, tl.trans(w_p), negative, MODE)
+    output = n * N + tl.arange(0, N)[None, :]
+    inside, offset = (row < rows) & (output < outputs), row * outputs + output
+    # The bias is a weight whose input is 1; none counts with box and flat.
+    if BIAS and ((RULE >> 20) & 15) != _BOX and ((RULE >> 24) & 15) != _ONE:
+        bias = load(bias_ptr + output, output < outputs)
+        if ((RULE >> 24) & 15) == _SQUARE:
+            bias = bias * bias
+        positive += tl.where(bias < 0, 0.0, bias)
+        negative += tl.where(bias > 0, 0.0, bias)
+    r = load(r_ptr + offset, inside)
+    if KIND == _ALPHA_BETA:
+        store(u_ptr + offset, divide(a * r, stabilize(positive, eps)), inside)
+        store(v_ptr + offset, divide(-b * r, stabilize(negative, eps)), inside)
+    elif KIND == _GAMMA:
+        z = load(z_ptr + offset, inside)
+        up, down = tl.where(z > 0, 1 + a, 1.0).to(acc), tl.where(z > 0, 1.0, 1 + a).to(acc)
+        s = divide(r, stabilize(up * positive + down * negative, eps))
+        s = tl.where(z == 0, 0.0, s)
+        store(u_ptr + offset, up * s, inside)
+        store(v_ptr + offset, down * s, inside)
+    else:
+        tl.static_assert(KIND == _PLUS)
+        store(u_ptr + offset, divide(r, stabilize(positive, eps)), inside)
+
+
+@triton.jit
+def split_input_kernel(
+    x_ptr, w_ptr, u_ptr, v_ptr, out_ptr, rows, inputs, outputs, a: tl.float64, b: tl.float64,
+    RULE: tl.constexpr, BELOW: tl.constexpr, SECOND: tl.constexpr, MODE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """out[rows, inputs] = x_a g1 + x_b g2, times the derivative of the activation below"""
+    acc: tl.constexpr = accumulate_type(x_ptr.dtype.element_ty)
+    KIND: tl.constexpr = (RULE >> 16) & 15
+    _, m, n = tile_of(tl.program_id(0), tl.cdiv(rows, M), tl.cdiv(inputs, N), GROUP)
+    row, column = m * M + tl.arange(0, M)[:, None], n * N + tl.arange(0, N)[None, :]
+    g1, g2 = tl.zeros([M, N], acc), tl.zeros([M, N], acc)
+    for first in range(0, outputs, K):
+        k = first + tl.arange(0, K)
+        s_at, s_mask = row * outputs + k[None, :], (row < rows) & (k[None, :] < outputs)
+        w_at = tl.cast(k[:, None], tl.int64) * inputs + column
+        w_mask = (k[:, None] < outputs) & (column < inputs)
+        w_p, w_n = weight_parts(load(w_ptr + w_at, w_mask), w_mask, RULE)
+        u = load(u_ptr + s_at, s_mask)
+        g1 = product(u, w_p, g1, MODE)
+        if SECOND:
+            g2 = product(u, w_n, g2, MODE)
+        if KIND != _PLUS:
+            v = load(v_ptr + s_at, s_mask)
+            g1 = product(v, w_n, g1, MODE)
+            if SECOND:
+                g2 = product(v, w_p, g2, MODE)
+    inside, offset = (row < rows) & (column < inputs), row * inputs + column
+    x = load(x_ptr + offset, inside)
+    x_a, x_b = input_parts(x, inside, a.to(acc), b.to(acc), RULE)
+    reward = x_a * g1
+    if SECOND:
+        reward += x_b * g2
+    if BELOW == RELU:
+        reward = tl.where(x > 0, reward, 0.0)
+    elif BELOW == TANH:
+        reward = reward * (1 - x * x)
+    elif BELOW == SIGMOID:
+        reward = reward * (x * (1 - x))
+    store(out_ptr + offset, reward, inside)
+
+
+@triton.jit
+def split_weight_kernel(
+    x_ptr, w_ptr, u_ptr, v_ptr, out_ptr, a_ptr, b_ptr, rows, inputs, outputs, a: tl.float64,
+    b: tl.float64, lr: tl.float64, decay: tl.float64, scale: tl.float64, momentum: tl.float64,
+    nesterov: tl.float64, beta1: tl.float64, beta2: tl.float64, adam_eps: tl.float64,
+    correction1: tl.float64, correction2: tl.float64, rest1: tl.float64, rest2: tl.float64,
+    RULE: tl.constexpr, OPTIMIZER: tl.constexpr, SECOND: tl.constexpr, MODE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """sign(w) (Wp f1 + Wn f2) [outputs, inputs], and what OPTIMIZER makes of it"""
+    acc: tl.constexpr = accumulate_type(x_ptr.dtype.element_ty)
+    KIND: tl.constexpr = (RULE >> 16) & 15
+    SIGNED: tl.constexpr = ((RULE >> 24) & 15) == _VALUE  # Wn is anything but 0
+    _, m, n = tile_of(tl.program_id(0), tl.cdiv(outputs, M), tl.cdiv(inputs, N), GROUP)
+    output, column = m * M + tl.arange(0, M), n * N + tl.arange(0, N)[None, :]
+    a, b = a.to(acc), b.to(acc)
+    f1, f2 = tl.zeros([M, N], acc), tl.zeros([M, N], acc)
+    for first in range(0, rows, K):
+        row = tl.cast(first, tl.int64) + tl.arange(0, K)[:, None]
+        s_at, s_mask = row * outputs + output[None, :], (row < rows) & (output[None, :] < outputs)
+        x_mask = (row < rows) & (column < inputs)
+        x_a, x_b = input_parts(load(x_ptr + row * inputs + column, x_mask), x_mask, a, b, RULE)
+        u = tl.trans(load(u_ptr + s_at, s_mask))
+        f1 = product(u, x_a, f1, MODE)
+        if SECOND and SIGNED:
+            f2 = product(u, x_b, f2, MODE)
+        if KIND != _PLUS:
+            v = tl.trans(load(v_ptr + s_at, s_mask))
+            if SIGNED:
+                f2 = product(v, x_a, f2, MODE)
+            if SECOND:
+                f1 = product(v, x_b, f1, MODE)
+    inside = (output[:, None] < outputs) & (column < inputs)
+    offset = output[:, None] * inputs + column
+    w = load(w_ptr + offset, inside)
+    w_p, w_n = weight_parts(w, inside, RULE)
+    sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, w)).to(acc)
+    feedback = sign * (w_p * f1 + w_n * f2)
+    hyper = (
+        lr, decay, scale, momentum, nesterov, beta1, beta2, adam_eps, correction1, correction2,
+        rest1, rest2,
+    )  # fmt: skip
+    finish_weight(
+        feedback, w, w_ptr, out_ptr, a_ptr, b_ptr, offset, inside, hyper, _FINISHED, OPTIMIZER
+    )
+
+
+def _tiles(m: int, n: int, k: int, mode: str) -> Tiles:
+    """Two sums a tile, so no more than half of what a plain product has; k is in one part."""
+    tile = tiles(m, n, k, mode, heavy=True)
+    least = min(tile.m, 32)
+    return tile._replace(m=least, splits=1, warps=4 if least * tile.n > 256 else 1)
+
+
+def redistribute_split(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    reward: Tensor,
+    call: RuleCall,
+    need: tuple[bool, bool, bool],
+    weight_update: Update | None = None,
+    bias_update: Update | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Input reward and feedback; with updates, weight and bias move in place instead.
+
+    Args:
+        need: as in the functional form. weight: contiguous where it is updated, as is bias.
+    """
+    rule, acc = call.rule, accumulate_dtype(x.dtype)
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    x, weight, z, reward = (t.contiguous() for t in (x, weight, z, reward))
+    second = rule.parts_code == Parts.BOX
+    second = second or (rule.parts_code == Parts.SIGN and not call.nonnegative)
+    meta: dict[str, Any] = {
+        "RULE": rule.code, "SECOND": second, "MODE": "fp64" if acc == torch.float64 else "ieee"
+    }  # fmt: skip
+    u = x.new_empty((rows, outputs), dtype=acc)
+    v = u if rule.signals_code == Signals.PLUS else torch.empty_like(u)
+    a, b = rule.first, rule.second
+    if u.numel():
+        tile = _tiles(rows, outputs, inputs, meta["MODE"])
+        launch(
+            signals_kernel, tile.programs(rows, outputs), x, x, weight, x if bias is None else bias,
+            reward, z, u, v, rows, inputs, outputs, rule.stabilizer, a, b, BIAS=bias is not None,
+            **meta, **tile.options(),
+        )  # fmt: skip
+    input_reward = weight_feedback = bias_feedback = None
+    if need[0]:
+        input_reward = x.new_empty(x.shape)
+        if x.numel():
+            tile = _tiles(rows, inputs, outputs, meta["MODE"])
+            launch(
+                split_input_kernel, tile.programs(rows, inputs), x, x, weight, u, v, input_reward,
+                rows, inputs, outputs, a, b, BELOW=below_code(call.below), **meta,
+                **tile.options(),
+            )  # fmt: skip
+    if need[1]:
+        if weight_update is None:
+            weight_feedback = weight.new_empty(weight.shape)
+        target = weight if weight_feedback is None else weight_feedback
+        if weight.numel():
+            tile = _tiles(outputs, inputs, rows, meta["MODE"])
+            launch(
+                split_weight_kernel, tile.programs(outputs, inputs), x, x, weight, u, v, target,
+                *states_of(weight_update, weight), rows, inputs, outputs, a, b,
+                *(NO_HYPER if weight_update is None else weight_update.hyper),
+                OPTIMIZER=FEEDBACK.value if weight_update is None else weight_update.code,
+                **meta, **tile.options(),
+            )  # fmt: skip
+    if need[2] and bias is not None:
+        above, under = rule.bias_parts(bias.to(acc))
+        raw = above * u.sum(0)
+        if v is not u:
+            raw += under * v.sum(0)
+        raw = raw * bias.to(acc).sign()
+        if bias_update is None:
+            bias_feedback = bias.new_empty(bias.shape)
+        finish(raw, bias.contiguous(), Gradient.code, bias_update, bias_feedback)
+    return input_reward, weight_feedback, bias_feedback

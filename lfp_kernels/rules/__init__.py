@@ -1,0 +1,68 @@
+"""Every learning rule, as data (see :mod:`lfp_kernels.rules.base`)."""
+
+from .base import (
+    DERIVATIVE_BITS,
+    DERIVATIVES,
+    NONNEGATIVE,
+    SIGNAL_IN,
+    SIGNAL_OUT,
+    Derivative,
+    InputEpilogue,
+    Map,
+    Matrix,
+    Parts,
+    Prologue,
+    Rule,
+    RuleCall,
+    Signals,
+    WeightEpilogue,
+    accumulate_dtype,
+    finish_below,
+    finish_input,
+    run_params,
+    stabilize,
+    uniform,
+)  # fmt: skip
+from .feedback import (
+    FixedFeedback,
+    FixedSignFeedback,
+    NoisyFeedback,
+    RandomSignFeedback,
+    SignFeedback,
+)  # fmt: skip
+from .relevance import (
+    AlphaBeta,
+    Epsilon,
+    Flat,
+    Gamma,
+    Gradient,
+    Hebbian,
+    Oja,
+    ReverseNegative,
+    ReversePositive,
+    Separate,
+    WSquare,
+    ZBox,
+    Zero,
+    ZPlus,
+)  # fmt: skip
+
+# Rules of one kernel call each. Oja and Separate are made of several.
+REGISTRY: dict[str, type[Rule]] = {
+    rule.name: rule
+    for rule in (
+        Epsilon, Gradient, Zero, ZPlus, AlphaBeta, Gamma, WSquare, Flat, ZBox, Hebbian,
+        ReversePositive, ReverseNegative, FixedFeedback, SignFeedback, FixedSignFeedback,
+        RandomSignFeedback, NoisyFeedback,
+    )
+}  # fmt: skip
+
+__all__ = [
+    "DERIVATIVES", "DERIVATIVE_BITS", "NONNEGATIVE", "REGISTRY", "SIGNAL_IN", "SIGNAL_OUT",
+    "AlphaBeta", "Derivative", "Epsilon", "FixedFeedback", "FixedSignFeedback", "Flat", "Gamma",
+    "Gradient", "Hebbian", "InputEpilogue", "Map", "Matrix", "NoisyFeedback", "Oja", "Parts",
+    "Prologue", "RandomSignFeedback", "ReverseNegative", "ReversePositive", "Rule", "RuleCall",
+    "Separate", "SignFeedback", "Signals", "WSquare", "WeightEpilogue", "ZBox", "ZPlus", "Zero",
+    "accumulate_dtype", "finish_below", "finish_input", "run_params", "stabilize",
+    "uniform",
+]  # fmt: skip
