@@ -41,7 +41,8 @@ GPUSIM := .venv-gpusim
 SIMULATED := GPUSIM_REQUIRE_CUDA=1 $(GPUSIM)/bin/python -m pytest -q
 OPS := $(addprefix tests/test_, activation.py sum_dropout.py update.py optim.py rewards.py \
 	batch_norm.py batch_norm_contract.py pool.py max_pool.py linear.py linear_update.py one_pass.py \
-	conv.py conv_contract.py golden.py)
+	conv.py conv_contract.py golden.py alignment_metrics.py split_rules.py split_rules_conv.py \
+	feedback_rules.py)
 $(GPUSIM)/.installed: requirements-gpusim.txt
 	$(PYTHON) -m venv $(GPUSIM)
 	$(GPUSIM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-gpusim.txt
@@ -51,8 +52,8 @@ $(GPUSIM)/.installed: requirements-gpusim.txt
 # whole training steps (convolution, batch norm, pools, rewards, optimizers) on both backends.
 test-gpusim-fast: $(GPUSIM)/.installed
 	$(SIMULATED) tests/gpusim
-	LFP_SIM_SOURCES=linear.cu $(SIMULATED) --simulate cuda tests/gpusim_ops/test_linear_tiles.py -k float32
-	LFP_SIM_SOURCES=linear.cu $(SIMULATED) --simulate cuda --processors 1 \
+	LFP_SIM_SOURCES=linear.cu,linear_rules.cu $(SIMULATED) --simulate cuda tests/gpusim_ops/test_linear_tiles.py -k float32
+	LFP_SIM_SOURCES=linear.cu,linear_rules.cu $(SIMULATED) --simulate cuda --processors 1 \
 		tests/gpusim_ops/test_linear_tiles.py -k "bfloat16 and redistribute"
 	$(SIMULATED) --simulate cuda tests/gpusim_ops/test_training.py -k matches
 	$(SIMULATED) --simulate triton tests/gpusim_ops/test_training.py -k "matches and momentum"

@@ -23,6 +23,9 @@ from . import _library
 ORDER = ("native", "triton", "reference")
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
+# Codes of the rules that every backend of every op has: epsilon and the gradient.
+EVERYWHERE = frozenset({0x0000, 0x1101})
+
 _implementations: dict[str, dict[str, Implementation]] = {}
 _warned: set[str] = set()
 _triton_reason: list[str | None] = []  # of why_no_triton, once it was asked
@@ -85,8 +88,10 @@ def why_no_triton() -> str | None:
     return _triton_reason[0]
 
 
-def supports(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """None when ``backend`` can run ``op`` on such tensors, else the reason why not."""
+def supports(
+    op: str, backend: str, device: str, dtype: torch.dtype, rule: Any = None
+) -> str | None:
+    """None when ``backend`` can run ``op`` on such tensors by ``rule``, else the reason why not."""
     implementation = _implementations[op].get(backend)
     if implementation is None:
         return f"{op} has no {backend} implementation"
@@ -94,11 +99,15 @@ def supports(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
         return f"runs on {', '.join(sorted(implementation.devices))} tensors, got {device}"
     if dtype not in implementation.dtypes:
         return f"takes {', '.join(sorted(map(str, implementation.dtypes)))}, got {dtype}"
+    reason = None
     if implementation.needs == "triton":
-        return why_no_triton()
-    if implementation.needs == "native":
-        return _library.why_not_usable(device)
-    return None
+        reason = why_no_triton()
+    elif implementation.needs == "native":
+        reason = _library.why_not_usable(device)
+    if reason is None and rule is not None and rule.code not in EVERYWHERE:
+        why_not_rule = getattr(implementation.load(), "why_not_rule", None)
+        reason = None if why_not_rule is None else why_not_rule(rule)
+    return reason
 
 
 @contextlib.contextmanager
@@ -115,46 +124,54 @@ def use_backend(name: str | None) -> Iterator[None]:
         _requested = before
 
 
-def select(op: str, like: Tensor) -> Any:
-    """The implementation module for ``op`` on tensors like ``like``.
+def select(op: str, like: Tensor, rule: Any = None) -> Any:
+    """The implementation module for ``op`` on tensors like ``like``, by ``rule`` if it takes one.
 
     Raises:
         RuntimeError: a backend was requested and cannot run this call (its reason is given).
     """
     device, dtype = like.device.type, like.dtype
     if _requested is not None:
-        reason = supports(op, _requested, device, dtype)
+        reason = supports(op, _requested, device, dtype, rule)
         if reason is not None:
             raise RuntimeError(
                 f"lfp_kernels: {op}: backend {_requested!r} was requested and cannot run: {reason}"
             )
         return _implementations[op][_requested].load()
     for backend in ORDER:
-        if supports(op, backend, device, dtype) is None:
+        if supports(op, backend, device, dtype, rule) is None:
             if backend == "reference" and device == "cuda":
-                _warn_once(op, device, dtype)
+                _warn_once(op, device, dtype, rule)
             return _implementations[op][backend].load()
-    raise RuntimeError(f"lfp_kernels: {op}: no backend can run it\n{explain(op, device, dtype)}")
+    table = explain(op, device, dtype, rule)
+    raise RuntimeError(f"lfp_kernels: {op}: no backend can run it\n{table}")
 
 
-def _warn_once(op: str, device: str, dtype: torch.dtype) -> None:
+def _warn_once(op: str, device: str, dtype: torch.dtype, rule: Any) -> None:
     if op not in _warned:
         _warned.add(op)
         warnings.warn(
-            f"lfp_kernels: {op} runs on the slow reference backend\n{explain(op, device, dtype)}",
+            f"lfp_kernels: {op} runs on the slow reference backend\n"
+            f"{explain(op, device, dtype, rule)}",
             stacklevel=3,
         )
 
 
-def explain(op: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """A table: per op and backend whether it can run on ``device`` and ``dtype``, and why not."""
+def explain(
+    op: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    rule: Any = None,
+) -> str:
+    """A table: per op and backend whether it can run on ``device`` and ``dtype``, and why not; of
+    the ops with weight matrices also whether by ``rule``."""
     if op is not None and op not in _implementations:
         raise ValueError(f"explain: op: expected one of {ops()}, got {op!r}")
     lines = [f"backends for {device} tensors of {dtype}, in order of preference"]
     for name in [op] if op is not None else ops():
         chosen = False
         for backend in ORDER:
-            reason = supports(name, backend, device, dtype)
+            reason = supports(name, backend, device, dtype, rule)
             mark = "no: " + reason if reason else ("yes" if chosen else "chosen")
             chosen = chosen or reason is None
             lines.append(f"  {name:<18} {backend:<10} {mark}")

@@ -12,7 +12,8 @@ from torch import nn
 
 import lfp_kernels as lfp
 from lfp_kernels import composites as C
-from lfp_kernels import optim
+from lfp_kernels import functional as F
+from lfp_kernels import optim, rules
 from lfp_kernels.rules import uniform
 from tests.alignment_cases import COMPOSITES, MODELS, batch, mlp, oracle_gradients
 
@@ -217,6 +218,22 @@ def test_kolen_pollack_becomes_the_transpose():
     for _ in range(300):
         step(x, y)
     assert distance() < 0.1 * far
+
+
+def test_functional_calls_compile_without_graph_break():
+    x, weight, r = torch.randn(4, 6), torch.randn(5, 6), torch.randn(4, 5)
+    matrix = torch.randn(5, 6)
+
+    def run(x, r, rule, matrix):
+        return F.linear_redistribute(x, weight, None, r, r, rule, matrix=matrix).input
+
+    for rule, given in (
+        (rules.FixedFeedback(), matrix),
+        (rules.RandomSignFeedback(0.5, 7), None),
+        (rules.ZPlus(), None),
+    ):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x, r, rule, given), run(x, r, rule, given))
 
 
 # ---- bad input

@@ -105,3 +105,25 @@ def test_a_gpu_that_the_library_has_no_code_for(
     )
     assert _library.why_not_built_for((9, 1)) is not None  # 9.0a is for 9.0 alone
     _library.why_not_built_for.cache_clear()
+
+
+# ---- rules
+
+
+def test_a_rule_that_a_backend_lacks_is_its_reason(monkeypatch):
+    """The automatic choice goes on to the next backend; a requested one says why not."""
+    from lfp_kernels import rules
+    from lfp_kernels.ops.linear import native
+
+    def why_not_rule(rule):
+        return f"has no kernel of {type(rule).__name__}" if rule.split else None
+
+    monkeypatch.setattr(native, "why_not_rule", why_not_rule, raising=False)
+    x, plus = torch.ones(2, 2), rules.ZPlus()
+    assert backends.select("linear", x, rules.Zero()) is native
+    assert backends.select("linear", x, plus).__name__.endswith("reference")
+    assert "has no kernel of ZPlus" in backends.explain("linear", rule=plus)
+    assert "has no kernel" not in backends.explain("linear")
+    refused = pytest.raises(RuntimeError, match="has no kernel of ZPlus")
+    with lfp_kernels.use_backend("native"), refused:
+        F.linear_redistribute(x, x, None, x, x, plus)

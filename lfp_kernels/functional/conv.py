@@ -109,7 +109,7 @@ def conv_redistribute(
     call = check.rule_call(
         op, x, weight, rule, need[0], matrix, below, signal_in, nonnegative, product_dtype
     )
-    input_reward, weight_feedback, bias_feedback = select("conv", x).redistribute(
+    input_reward, weight_feedback, bias_feedback = select("conv", x, rule).redistribute(
         flat[0], weight, bias, flat[1], flat[2], geometry, call, need
     )
     if input_reward is not None and flat[0] is not x:
@@ -166,7 +166,7 @@ def conv_redistribute_update(
     )
     dense = weight.contiguous()
     dense_bias = None if bias is None else bias.contiguous()
-    input_reward = select("conv", x).redistribute_update(
+    input_reward = select("conv", x, rule).redistribute_update(
         flat[0], dense, dense_bias, flat[1], flat[2], geometry, weight_update, bias_update, call,
         need_input,
     )  # fmt: skip

@@ -80,7 +80,7 @@ def linear_redistribute(
     call = check.rule_call(
         op, x, weight, rule, need[0], matrix, below, signal_in, nonnegative, product_dtype
     )
-    input_reward, weight_feedback, bias_feedback = select("linear", x).redistribute(
+    input_reward, weight_feedback, bias_feedback = select("linear", x, rule).redistribute(
         flat[0], weight, bias, flat[1], flat[2], call, need
     )
     if input_reward is not None:
@@ -134,7 +134,7 @@ def linear_redistribute_update(
     )
     dense = weight.contiguous()
     dense_bias = None if bias is None else bias.contiguous()
-    input_reward = select("linear", x).redistribute_update(
+    input_reward = select("linear", x, rule).redistribute_update(
         flat[0], dense, dense_bias, flat[1], flat[2], weight_update, bias_update, call, need_input
     )  # fmt: skip
     if dense is not weight:

@@ -1,10 +1,5 @@
-"""Rules with two signals on the linear layer in Triton (docs/math.md, section 3).
-
-  P  = x_a Wp^T + x_b Wn^T     N  = x_a Wn^T + x_b Wp^T     u, v = signals(r, z, P, N)
-  g1 = u Wp + v Wn             g2 = u Wn + v Wp             r_in = x_a g1 + x_b g2
-  f1 = u^T x_a + v^T x_b       f2 = u^T x_b + v^T x_a       feedback = sign(W) (Wp f1 + Wn f2)
-Each line is one launch that reads x and W once and forms their parts in registers; factors that are
-0 everywhere are left out. Exact float32 (float64 for float64), whatever product type was asked for.
+"""Rules with two signals on the linear layer in Triton; the equations are those of
+_triton_split.py. Shapes: x [N, I], weight [O, I], u, v [N, O].
 """
 
 from __future__ import annotations
@@ -17,56 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ...optim import Update
-from ...rules import Gradient, Map, Parts, RuleCall, Signals, accumulate_dtype
-from .._triton import (
-    FEEDBACK,
-    NO_HYPER,
-    RELU,
-    SIGMOID,
-    TANH,
-    accumulate_type,
-    below_code,
-    divide,
-    finish,
-    finish_weight,
-    launch,
-    load,
-    stabilize,
-    states_of,
-    store,
-)
+from ...rules import RuleCall, Signals, accumulate_dtype
+from .._triton import FEEDBACK, NO_HYPER, accumulate_type, below_code, launch, load, states_of
 from .._triton_product import GROUP, Tiles, product, tile_of, tiles
-
-_FINISHED = tl.constexpr(Gradient.code)  # its weight epilogue is the identity
-_PLUS, _ALPHA_BETA = tl.constexpr(int(Signals.PLUS)), tl.constexpr(int(Signals.ALPHA_BETA))
-_GAMMA = tl.constexpr(int(Signals.GAMMA))
-_ALL_ONES, _BOX = tl.constexpr(int(Parts.ONES)), tl.constexpr(int(Parts.BOX))
-_SQUARE, _ONE = tl.constexpr(int(Map.SQUARE)), tl.constexpr(int(Map.ONES))
-_VALUE = tl.constexpr(int(Map.VALUE))
-
-
-@triton.jit
-def input_parts(x, inside, a, b, RULE: tl.constexpr):
-    """x_a, x_b; 0 outside, which is not the part of 0"""
-    KIND: tl.constexpr = (RULE >> 20) & 15
-    if KIND == _ALL_ONES:
-        zero = tl.zeros_like(x)
-        return tl.where(inside, zero + 1, zero), zero
-    elif KIND == _BOX:
-        return tl.where(inside, x - a, 0.0), tl.where(inside, x - b, 0.0)
-    else:
-        return tl.where(x < 0, 0.0, x), tl.where(x > 0, 0.0, x)
-
-
-@triton.jit
-def weight_parts(w, inside, RULE: tl.constexpr):
-    """Wp, Wn"""
-    KIND: tl.constexpr = (RULE >> 24) & 15
-    if KIND == _ONE:
-        w = tl.where(inside, tl.zeros_like(w) + 1, 0.0)
-    elif KIND == _SQUARE:
-        w = w * w
-    return tl.where(w < 0, 0.0, w), tl.where(w > 0, 0.0, w)
+from .._triton_split import (
+    PLUS,
+    VALUE,
+    finish_reward,
+    finish_signals,
+    finish_split_weight,
+    has_second_part,
+    input_parts,
+    split_bias,
+    split_mode,
+    weight_parts,
+)
 
 
 @triton.jit
@@ -90,33 +50,16 @@ def signals_kernel(
         positive = product(x_a, tl.trans(w_p), positive, MODE)
         if SECOND:
             positive = product(x_b, tl.trans(w_n), positive, MODE)
-        if KIND != _PLUS:
+        if KIND != PLUS:
             negative = product(x_a, tl.trans(w_n), negative, MODE)
             if SECOND:
                 negative = product(x_b, tl.trans(w_p), negative, MODE)
     output = n * N + tl.arange(0, N)[None, :]
     inside, offset = (row < rows) & (output < outputs), row * outputs + output
-    # The bias is a weight whose input is 1; none counts with box and flat.
-    if BIAS and ((RULE >> 20) & 15) != _BOX and ((RULE >> 24) & 15) != _ONE:
-        bias = load(bias_ptr + output, output < outputs)
-        if ((RULE >> 24) & 15) == _SQUARE:
-            bias = bias * bias
-        positive += tl.where(bias < 0, 0.0, bias)
-        negative += tl.where(bias > 0, 0.0, bias)
-    r = load(r_ptr + offset, inside)
-    if KIND == _ALPHA_BETA:
-        store(u_ptr + offset, divide(a * r, stabilize(positive, eps)), inside)
-        store(v_ptr + offset, divide(-b * r, stabilize(negative, eps)), inside)
-    elif KIND == _GAMMA:
-        z = load(z_ptr + offset, inside)
-        up, down = tl.where(z > 0, 1 + a, 1.0).to(acc), tl.where(z > 0, 1.0, 1 + a).to(acc)
-        s = divide(r, stabilize(up * positive + down * negative, eps))
-        s = tl.where(z == 0, 0.0, s)
-        store(u_ptr + offset, up * s, inside)
-        store(v_ptr + offset, down * s, inside)
-    else:
-        tl.static_assert(KIND == _PLUS)
-        store(u_ptr + offset, divide(r, stabilize(positive, eps)), inside)
+    finish_signals(
+        positive, negative, bias_ptr + output, output < outputs, r_ptr, z_ptr, u_ptr, v_ptr, offset,
+        inside, a, b, eps, RULE, BIAS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -141,24 +84,15 @@ def split_input_kernel(
         g1 = product(u, w_p, g1, MODE)
         if SECOND:
             g2 = product(u, w_n, g2, MODE)
-        if KIND != _PLUS:
+        if KIND != PLUS:
             v = load(v_ptr + s_at, s_mask)
             g1 = product(v, w_n, g1, MODE)
             if SECOND:
                 g2 = product(v, w_p, g2, MODE)
     inside, offset = (row < rows) & (column < inputs), row * inputs + column
-    x = load(x_ptr + offset, inside)
-    x_a, x_b = input_parts(x, inside, a.to(acc), b.to(acc), RULE)
-    reward = x_a * g1
-    if SECOND:
-        reward += x_b * g2
-    if BELOW == RELU:
-        reward = tl.where(x > 0, reward, 0.0)
-    elif BELOW == TANH:
-        reward = reward * (1 - x * x)
-    elif BELOW == SIGMOID:
-        reward = reward * (x * (1 - x))
-    store(out_ptr + offset, reward, inside)
+    finish_reward(
+        g1, g2, x_ptr, out_ptr, offset, inside, a.to(acc), b.to(acc), RULE, BELOW, SECOND
+    )
 
 
 @triton.jit
@@ -173,7 +107,7 @@ def split_weight_kernel(
     """sign(w) (Wp f1 + Wn f2) [outputs, inputs], and what OPTIMIZER makes of it"""
     acc: tl.constexpr = accumulate_type(x_ptr.dtype.element_ty)
     KIND: tl.constexpr = (RULE >> 16) & 15
-    SIGNED: tl.constexpr = ((RULE >> 24) & 15) == _VALUE  # Wn is anything but 0
+    SIGNED: tl.constexpr = ((RULE >> 24) & 15) == VALUE  # Wn is anything but 0
     _, m, n = tile_of(tl.program_id(0), tl.cdiv(outputs, M), tl.cdiv(inputs, N), GROUP)
     output, column = m * M + tl.arange(0, M), n * N + tl.arange(0, N)[None, :]
     a, b = a.to(acc), b.to(acc)
@@ -187,7 +121,7 @@ def split_weight_kernel(
         f1 = product(u, x_a, f1, MODE)
         if SECOND and SIGNED:
             f2 = product(u, x_b, f2, MODE)
-        if KIND != _PLUS:
+        if KIND != PLUS:
             v = tl.trans(load(v_ptr + s_at, s_mask))
             if SIGNED:
                 f2 = product(v, x_a, f2, MODE)
@@ -195,16 +129,12 @@ def split_weight_kernel(
                 f1 = product(v, x_b, f1, MODE)
     inside = (output[:, None] < outputs) & (column < inputs)
     offset = output[:, None] * inputs + column
-    w = load(w_ptr + offset, inside)
-    w_p, w_n = weight_parts(w, inside, RULE)
-    sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, w)).to(acc)
-    feedback = sign * (w_p * f1 + w_n * f2)
     hyper = (
         lr, decay, scale, momentum, nesterov, beta1, beta2, adam_eps, correction1, correction2,
         rest1, rest2,
     )  # fmt: skip
-    finish_weight(
-        feedback, w, w_ptr, out_ptr, a_ptr, b_ptr, offset, inside, hyper, _FINISHED, OPTIMIZER
+    finish_split_weight(
+        f1, f2, w_ptr, out_ptr, a_ptr, b_ptr, offset, inside, hyper, RULE, OPTIMIZER
     )
 
 
@@ -234,10 +164,8 @@ def redistribute_split(
     rule, acc = call.rule, accumulate_dtype(x.dtype)
     (rows, inputs), outputs = x.shape, weight.shape[0]
     x, weight, z, reward = (t.contiguous() for t in (x, weight, z, reward))
-    second = rule.parts_code == Parts.BOX
-    second = second or (rule.parts_code == Parts.SIGN and not call.nonnegative)
     meta: dict[str, Any] = {
-        "RULE": rule.code, "SECOND": second, "MODE": "fp64" if acc == torch.float64 else "ieee"
+        "RULE": rule.code, "SECOND": has_second_part(call), "MODE": split_mode(x)
     }  # fmt: skip
     u = x.new_empty((rows, outputs), dtype=acc)
     v = u if rule.signals_code == Signals.PLUS else torch.empty_like(u)
@@ -273,12 +201,5 @@ def redistribute_split(
                 **meta, **tile.options(),
             )  # fmt: skip
     if need[2] and bias is not None:
-        above, under = rule.bias_parts(bias.to(acc))
-        raw = above * u.sum(0)
-        if v is not u:
-            raw += under * v.sum(0)
-        raw = raw * bias.to(acc).sign()
-        if bias_update is None:
-            bias_feedback = bias.new_empty(bias.shape)
-        finish(raw, bias.contiguous(), Gradient.code, bias_update, bias_feedback)
+        bias_feedback = split_bias(u, None if v is u else v, bias, rule, bias_update)
     return input_reward, weight_feedback, bias_feedback
