@@ -28,6 +28,8 @@ def test_step_activation(backend, dtype):
             y = F.step(view)
             assert torch.equal(y, (view > 0).to(dtype))
             assert y.stride() == torch.empty_like(view).stride()
+        for long in (torch.randn(5000).to(dtype), torch.randn(70, 80).to(dtype).t()):
+            assert torch.equal(F.step(long), (long > 0).to(dtype))
         image = torch.randn(2, 3, 4, 5).to(dtype).to(memory_format=torch.channels_last)
         assert F.step(image).is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(F.step(image), (image > 0).to(dtype))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from . import Group, plant, triton_bugs_spatial
 
+SUMS = "tests/gpusim_ops/test_split_sums.py"
+SUMMED = "linear_redistribute or linear_update or dense_tensors"
 TILES = "tests/gpusim_ops/test_linear_tiles.py"
 OPS = "lfp_kernels/ops"
 
@@ -213,8 +215,8 @@ REWARD = plant(
 )
 
 GROUPS = (
-    Group(f"{TILES} -k 'float32 or chained'", LINEAR + LINEAR_HOST + SHARED),
-    Group(f"{TILES} -k 'float32 or float64 or chained'", PRODUCT),
+    Group(f"{TILES} {SUMS} -k 'float32 or chained or {SUMMED}'", LINEAR + LINEAR_HOST + SHARED),
+    Group(f"{TILES} {SUMS} -k 'float32 or float64 or chained or {SUMMED}'", PRODUCT),
     Group("tests/test_activation.py -k step_activation", ACTIVATION),
     Group(
         "tests/test_sum_dropout.py -k '(test_sum or dropout) and not reference and not compiles'",
@@ -223,7 +225,7 @@ GROUPS = (
     Group("tests/test_update.py -k 'not reference and not beyond'", UPDATE),
     Group(
         "tests/gpusim_ops/test_reward_rows.py tests/test_rewards.py -k '(formula or ties or nan or "
-        "out_of_range or rows or spike) and not reference'",
+        "out_of_range or rows or spike or checked) and not reference'",
         REWARD,
     ),
     *triton_bugs_spatial.GROUPS,

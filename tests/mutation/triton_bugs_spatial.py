@@ -185,8 +185,8 @@ CONV_HOST = plant(
 
 GROUPS = (
     Group(
-        "tests/test_batch_norm.py -k '(matches or chain_forms or running or cancel) and not "
-        "reference'",
+        "tests/test_batch_norm.py tests/gpusim_ops/test_split_sums.py -k '(matches or chain_forms "
+        "or running or cancel or dense_tensors) and not reference'",
         BATCH_NORM + BATCH_NORM_HOST,
     ),
     Group(
@@ -195,8 +195,8 @@ GROUPS = (
         POOL + POOL_HOST + VOLUME,
     ),
     Group(
-        "tests/gpusim_ops/test_conv_edges.py tests/test_conv.py -k 'edges or float32 and not "
-        "opcheck and not reference'",
+        "tests/gpusim_ops/test_conv_edges.py tests/gpusim_ops/test_split_sums.py tests/test_conv.py "
+        "-k 'edges or test_convolution or float32 and not opcheck and not reference'",
         CONV + CONV_HOST,
     ),
 )
