@@ -220,6 +220,24 @@ def test_kolen_pollack_becomes_the_transpose():
     assert distance() < 0.1 * far
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_direct_feedback_runs_no_input_product(activation, monkeypatch):
+    """Linear layers make their delta from the error, a tile at a time: nothing is handed down."""
+    model, composite = mlp(activation), C.DirectFeedbackAlignment()
+    step = lfp.fuse(model, composite, reward="cross_entropy", optimizer=optim.SGD(0.1))
+    assert repr(step).count("hears the error itself") == 2
+    products = []
+    update = F.linear_redistribute_update
+    monkeypatch.setattr(
+        F, "linear_redistribute_update",
+        lambda *args, **options: products.append(options["need_input"]) or update(*args, **options),
+    )  # fmt: skip
+    before = [p.clone() for p in model.parameters()]
+    step(*batch((11,)))
+    assert products == [False]  # the last layer's; the others go through direct_update
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
 def test_functional_calls_compile_without_graph_break():
     x, weight, r = torch.randn(4, 6), torch.randn(5, 6), torch.randn(4, 5)
     matrix = torch.randn(5, 6)
