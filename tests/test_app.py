@@ -11,7 +11,7 @@ import pytest
 import torch
 from app_files import make_mnist
 
-from lfp_kernels.app import checkpoint, data, measure, models
+from lfp_kernels.app import checkpoint, data, measure, methods, models
 from lfp_kernels.app.cli import main
 from lfp_kernels.app.progress import Progress
 from lfp_kernels.app.train import Run, Settings
@@ -341,3 +341,15 @@ def test_demo_starts_both_from_the_same_weights_and_leaves_them_apart(mnist):
     assert_same(first, second)
     runs[0].train()
     assert not torch.equal(first["fc3.weight"], second["fc3.weight"])
+
+
+@pytest.mark.parametrize("way", methods.WAYS)
+@pytest.mark.parametrize("method", methods.ALIGNMENT)
+def test_every_method_of_the_feedback_alignment_family_learns(method, way):
+    torch.manual_seed(0)
+    x = torch.randn(64, 1, 28, 28)
+    y = torch.randint(10, (64,))
+    model = models.build("lenet", 1, 28, 10)
+    learner = methods.learner(model, method, way, lr=0.1, example=x[:1])
+    losses = [float(torch.nn.functional.cross_entropy(learner.step(x, y), y)) for _ in range(25)]
+    assert losses[-1] < losses[0] - 0.05, losses

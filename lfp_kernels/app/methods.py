@@ -1,4 +1,5 @@
-"""Ways to train a model for one batch: LFP fused, LFP drop-in, gradient descent, LFP nested."""
+"""Ways to train a model for one batch: LFP and the feedback-alignment family, fused or drop-in;
+gradient descent; LFP nested."""
 
 from __future__ import annotations
 
@@ -9,9 +10,20 @@ import torch
 from torch import Tensor, nn
 
 import lfp_kernels
+from lfp_kernels import composites
 from lfp_kernels.nested import NestedReference
 
-METHODS = ("lfp", "sgd")
+ALIGNMENT: dict[str, Callable[[], composites.Composite]] = {
+    "fa": composites.FeedbackAlignment,
+    "usf": composites.UniformSignSymmetry,
+    "brsf": composites.BatchSignSymmetry,
+    "frsf": composites.FixedSignSymmetry,
+    "kp": composites.KolenPollack,
+    "dfa": composites.DirectFeedbackAlignment,
+    "drtp": lambda: composites.DirectFeedbackAlignment("drtp"),
+    "linbp": composites.LinBP,
+}
+METHODS = ("lfp", "sgd", *ALIGNMENT)
 WAYS = ("fused", "drop-in")
 
 
@@ -32,26 +44,33 @@ def learner(
     momentum: float = 0.9,
     clip: float | None = 3.0,
     eps: float = 1e-6,
+    example: Tensor | None = None,
 ) -> Learner:
     """SGD with momentum and a global norm limit; only where its direction comes from differs.
 
     Args:
-        method: one of METHODS. way: one of WAYS, for lfp.
+        method: one of METHODS. way: one of WAYS, for all but sgd.
+        example: an input [N, ...], for direct feedback alignment of convolutions.
     """
     if method == "sgd":
         return _gradient(model, lr, momentum, clip)
-    if way == "fused":
-        return _fused(model, lr, momentum, clip, eps)
-    return _drop_in(model, lr, momentum, clip, eps)
+    composite = composites.Epsilon(eps=eps) if method == "lfp" else ALIGNMENT[method]()
+    composite.prepare(model, example)
+    reward = "softmax" if method == "lfp" else "cross_entropy"
+    make = _fused if way == "fused" else _drop_in
+    return make(model, composite, reward, lr, momentum, clip)
 
 
-def _fused(model: nn.Module, lr: float, momentum: float, clip: float | None, eps: float) -> Learner:
-    fused = lfp_kernels.fuse(
-        model,
-        lfp_kernels.composites.Epsilon(eps=eps),
-        reward="softmax",
-        optimizer=lfp_kernels.optim.SGD(lr=lr, momentum=momentum, clip_norm=clip),
-    )
+def _fused(
+    model: nn.Module,
+    composite: composites.Composite,
+    reward: str,
+    lr: float,
+    momentum: float,
+    clip: float | None,
+) -> Learner:
+    optimizer = lfp_kernels.optim.SGD(lr=lr, momentum=momentum, clip_norm=clip)
+    fused = lfp_kernels.fuse(model, composite, reward=reward, optimizer=optimizer)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         return fused(x, y).out
@@ -60,16 +79,23 @@ def _fused(model: nn.Module, lr: float, momentum: float, clip: float | None, eps
 
 
 def _drop_in(
-    model: nn.Module, lr: float, momentum: float, clip: float | None, eps: float
+    model: nn.Module,
+    composite: composites.Composite,
+    reward: str,
+    lr: float,
+    momentum: float,
+    clip: float | None,
 ) -> Learner:
-    composite = lfp_kernels.composites.Epsilon(eps=eps)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    reward_of = lfp_kernels.rewards.get(reward)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
         with composite.context(model):
             out = model(x)
-            lfp_kernels.backward(out, lfp_kernels.rewards.softmax(out, y))
+            if isinstance(composite, composites.DirectFeedbackAlignment):
+                composite.target(y)
+            lfp_kernels.backward(out, reward_of(out, y))
         _clip_and_step(model, optimizer, clip)
         return out.detach()
 

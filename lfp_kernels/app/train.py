@@ -89,6 +89,7 @@ class Run:
             momentum=settings.momentum,
             clip=settings.clip or None,
             eps=settings.eps,
+            example=data.train_x[:1],
         )
         self.steps_per_epoch = math.ceil(len(data.train_y) / settings.batch_size)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -111,7 +112,7 @@ class Run:
     @property
     def title(self) -> str:
         s = self.settings
-        return f"{s.model} by " + (f"LFP ({s.way})" if s.method == "lfp" else "SGD")
+        return f"{s.model} by {s.method.upper()}" + (f" ({s.way})" if s.method != "sgd" else "")
 
     def train(
         self, save: Path | None = None, json_log: Path | None = None, until: int | None = None
