@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attribution import attribute
-from .composites import Composite
+from .composites import Composite, Epsilon
 from .composites.base import WEIGHTED
 
 SCORES = ("magnitude", "relevance")
@@ -51,7 +51,8 @@ def prune(
             relevance flows, ``|sum over data|`` by :func:`lfp_kernels.attribute`.
         scope: "global" ranks all weights together, "layer" removes the same share of each layer.
         data: batches (x, labels) for "relevance"; labels as ``target`` of ``attribute``.
-        composite: rules of the relevance; the default is that of ``attribute``.
+        composite: rules of the relevance; by default epsilon. (z+ gives negative weights none, so
+            they would all go first.)
 
     Raises:
         ValueError: an argument is out of its range, or data is missing. Nothing is pruned then.
@@ -105,9 +106,10 @@ def _scores(
             "samples of the training set do"
         )
     sums = {_key(name): torch.zeros_like(layer.weight) for name, layer in layers.items()}
+    rules = Epsilon() if composite is None else composite
     batches = 0
     for x, target in data:
-        found = attribute(model, x, target, composite, weights=True).weights
+        found = attribute(model, x, target, rules, weights=True).weights
         for name, total in sums.items():
             total += found[name]
         batches += 1

@@ -185,6 +185,33 @@ def test_branches_cat_permute_and_residuals() -> None:
     assert_same(model, twin)
 
 
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 3)
+        self.pad = nn.ZeroPad2d((0, 1, 2, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.pad(x)).relu()
+        return self.second(nn.functional.pad(x, (1, 0))).flatten(1)
+
+
+def test_padding() -> None:
+    """Zeros in front of a layer take no reward, and what is behind them takes all of its own."""
+    torch.manual_seed(0)
+    fused = Padded().double()
+    dropped = copy.deepcopy(fused)
+    x, y = torch.randn(3, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 5, 7])
+    lfp_kernels.fuse(fused, composites.Epsilon(), optimizer=optim.SGD(0.01))(x, y)
+    optimizer = torch.optim.SGD(dropped.parameters(), 0.01)
+    with composites.Epsilon().context(dropped):
+        out = dropped(x)
+        lfp_kernels.backward(out, rewards.softmax(out, y))
+    optimizer.step()
+    for p, q in zip(fused.parameters(), dropped.parameters()):
+        torch.testing.assert_close(p, q)
+
+
 def test_conserving_dropout_and_seeded_masks() -> None:
     for mode in composites.DROPOUTS:
         results = []

@@ -149,6 +149,22 @@ class Permute(Stage):
         return (reward.permute([order.index(d) for d in range(len(order))]),)
 
 
+class Pad(Stage):
+    """Zeros around the last dimensions; ``amounts`` as F.pad takes them."""
+
+    passes_zero = True
+
+    def __init__(self, amounts: tuple[int, ...]) -> None:
+        super().__init__()
+        self.amounts = amounts
+
+    def forward(self, run: Run) -> Tensor:
+        return torch.nn.functional.pad(run.values[self.inputs[0]], self.amounts)
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        return (torch.nn.functional.pad(reward, [-a for a in self.amounts]),)
+
+
 class Cat(Stage):
     passes_zero = True
 

@@ -176,6 +176,8 @@ class _Builder:
                     module.dilation, module.ceil_mode,
                 )
             )  # fmt: skip
+        elif isinstance(module, (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)):
+            stage = M.Pad(tuple(module.padding))
         elif isinstance(module, (nn.Flatten, nn.Unflatten)):
             stage = M.Reshape(module)
         elif isinstance(module, nn.Identity):
@@ -228,6 +230,8 @@ class _Builder:
             return self.add(node, M.Cat(int(dim)), *tensors)
         if target in calls.ACTIVATIONS:
             return self._activation(node, target)
+        if target is TF.pad:
+            return self._pad(node)
         self._layer_function(node, target)
 
     def _layer_function(self, node: fx.Node, target: Any) -> None:
@@ -295,6 +299,13 @@ class _Builder:
         self.add(node, S.Sum(self.composite.function_rule), *tensors)
         if in_place:
             self.overwrite(node, tensors[0])
+
+    def _pad(self, node: fx.Node) -> None:
+        form = lambda input, pad, mode="constant", value=0: (input, pad, mode, value or 0)  # noqa: E731
+        x, amounts, *how = _signature(form, node.args, node.kwargs)
+        if how != ["constant", 0] or not all(isinstance(a, int) and a >= 0 for a in amounts):
+            raise self.refuse(node, f"F.pad({amounts}, {how})")
+        self.add(node, M.Pad(tuple(amounts)), x)
 
     def _permute(self, node: fx.Node) -> None:
         x: Any
