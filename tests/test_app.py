@@ -149,7 +149,7 @@ def fails(capsys, *arguments):
     [
         (["train", "--model", "alexnet"], "expected one of lenet, mlp, vgg, resnet, got 'alexnet'"),
         (["train", "--data", "/nowhere/at/all"], "neither 'digits' nor an existing path"),
-        (["train", "--method", "adam"], "expected one of lfp, sgd, fa, usf, brsf, frsf, kp, dfa, drtp"),
+        (["train", "--method", "adam"], "expected one of lfp, sgd, fa, usf, brsf, frsf, kp, dfa"),
         (["train", "--way", "sideways"], "expected one of fused, drop-in, got 'sideways'"),
         (["train", "--epochs", "0"], "--epochs: expected at least 1, got 0"),
         (["train", "--batch-size", "-1"], "--batch-size: expected at least 1"),

@@ -13,6 +13,10 @@ from . import by_linear
 _ops = torch.ops.lfp_kernels
 
 
+def is_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def direct_update(
     x: Tensor,
     weight: Tensor,
@@ -24,7 +28,7 @@ def direct_update(
     bias_update: Update | None,
     derivative: Derivative | None,
 ) -> None:
-    if x.is_cuda:
+    if is_gpu(x):
         return by_linear.direct_update(
             linear, x, weight, bias, error, matrix, activation, weight_update, bias_update,
             derivative,
