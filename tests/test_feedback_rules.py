@@ -326,6 +326,7 @@ def test_direct_update_errors_change_nothing():
         assert not step_w.states[0].any() and not step_b.states[0].any()
 
 
+@pytest.mark.host
 def test_direct_opcheck():
     x, weight, bias, error, matrix, a = direct_case((4,), 6, 3, 2, torch.float32)
     _, step_w, step_b = updates(SPECS[1], weight, bias)
