@@ -38,7 +38,7 @@ def _layer_backward(ctx: Any, reward: Tensor, redistribute: Any) -> tuple:
         x, weight, bias, reward if z is None else z, reward,
         need=(need[0] and teacher is None, *need[1:]), matrix=matrix, product_dtype=ctx.product,
     )  # fmt: skip
-    first = found.input if teacher is None else teacher(reward).view(x.shape)
+    first = found.input if teacher is None else teacher(reward, x)
     # A learned feedback matrix takes the same step as the weight (Kolen-Pollack).
     learned = found.weight if ctx.needs_input_grad[3] else None
     return first, found.weight, found.bias, learned

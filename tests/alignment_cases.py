@@ -17,6 +17,7 @@ COMPOSITES = {
     "wm": lambda: C.WeightMirror(seed=5),
     "nfa": lambda: C.NoisyFeedbackAlignment(0.1, seed=6),
     "dfa": lambda: C.DirectFeedbackAlignment(seed=7),
+    "dfa-broadcast": lambda: C.DirectFeedbackAlignment(conv="broadcast", seed=7),
     "sdfa": lambda: C.DirectFeedbackAlignment("sdfa", seed=8),
     "drtp": lambda: C.DirectFeedbackAlignment("drtp", seed=9),
     "tf": lambda: C.TargetFeedback(0.5, seed=10),

@@ -262,6 +262,8 @@ def test_unknown_scope_variant_and_start():
         C.FeedbackAlignment(scope="first")
     with pytest.raises(ValueError, match=r"variant: expected one of .*got 'fa'"):
         C.DirectFeedbackAlignment("fa")
+    with pytest.raises(ValueError, match=r"conv: expected one of .*got 'space'"):
+        C.DirectFeedbackAlignment(conv="space")
     with pytest.raises(ValueError, match=r"LinBP: start: expected the name of a layer, got 'x'"):
         C.LinBP("x").prepare(mlp())
 
@@ -279,6 +281,25 @@ def test_dfa_on_convolutions_wants_an_input():
         composite.prepare(model)
     composite.prepare(model, batch(shape)[0])
     assert model[0].feedback_weight.shape == (5, 2 * 8 * 8)
+
+
+def test_broadcast_direct_feedback_is_the_transposed_convolution():
+    """What a convolution with weights D [C, C_in, kernel] would send down from e everywhere."""
+    model, shape = MODELS["cnn"]()
+    x, y = batch(shape)
+    composite = C.DirectFeedbackAlignment(conv="broadcast", seed=1)
+    composite.prepare(model)
+    matrix = model[3].feedback_weight
+    assert matrix.shape == (5, 4, 3, 3)
+    got = gradients(composite, model, x, y)["0.weight"]
+    pooled = model[:3](x).detach()
+    error = (model(x).softmax(1) - nn.functional.one_hot(y, 5)).detach() / len(x)
+    everywhere = error[..., None, None].expand(-1, -1, 2, 2)
+    delta = nn.functional.conv_transpose2d(everywhere, matrix)
+    assert delta.shape == pooled.shape
+    first = copy.deepcopy(model[:3])
+    want = torch.autograd.grad(first(x), first[0].weight, delta)[0]
+    torch.testing.assert_close(got, want)
 
 
 def test_labels_are_asked_for():

@@ -11,8 +11,8 @@ import pytest
 import torch
 from linear_cases import options_of
 
+from lfp_kernels import composites, rules, use_backend
 from lfp_kernels import functional as F
-from lfp_kernels import rules, use_backend
 from lfp_kernels.rules import Epsilon, Rule, accumulate_dtype, run_params, stabilize
 
 ONE_SIGNAL = [  # test_split_rules.py has the others
@@ -179,3 +179,14 @@ def test_eps_is_a_run_time_value():
     for eps in (1e-6, 0.25, 1.0):
         got = F.linear_redistribute(x, weight, None, z, reward, Epsilon(eps))
         assert float(got.input) == pytest.approx(1 / (1 + eps), rel=1e-6)
+
+
+def test_rules_by_name():
+    assert rules.get("gamma", gamma=0.5) == rules.Gamma(gamma=0.5)
+    assert rules.get("oja") == rules.Oja()
+    with pytest.raises(ValueError, match=r"expected one of alpha_beta, .*zplus, got 'z\+'"):
+        rules.get("z+")
+    with pytest.raises(TypeError, match="gamma"):
+        rules.get("epsilon", gamma=1.0)
+    with pytest.raises(ValueError, match=r"expected one of alpha_beta, .*got 'zpls'"):
+        composites.Composite("epsilon", layers=[("0", "zpls")])

@@ -24,7 +24,7 @@ class LayerRule(NamedTuple):
 
     rule: Rule
     matrix: Tensor | None = None
-    teacher: Callable[[Tensor], Tensor] | None = None
+    teacher: Callable[[Tensor, Tensor], Tensor] | None = None
     name: str = ""
 
 

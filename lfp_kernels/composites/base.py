@@ -19,6 +19,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
+from .. import rules
 from ..rules import Epsilon, Rule, Separate
 from .attach import MARK, Attachment, LayerRule
 
@@ -43,7 +44,7 @@ class Composite:
     """Rules for a whole model.
 
     Args:
-        rule: the rule of layers with parameters that ``layers`` does not name.
+        rule: the rule of layers with parameters that ``layers`` does not name; a Rule or a name.
         layers: pairs (selector, rule), the first that matches counts. A selector is a layer type or
             a tuple of them, a module name or pattern ("features.*"), a predicate
             ``(name, module) -> bool``, or ``composites.FIRST``.
@@ -59,15 +60,17 @@ class Composite:
 
     def __init__(
         self,
-        rule: Rule,
+        rule: Rule | str,
         *,
-        layers: Sequence[tuple[Selector, Rule]] = (),
+        layers: Sequence[tuple[Selector, Rule | str]] = (),
         function_rule: Rule | None = None,
         default: str = "error",
         dropout: str = "scaled",
         feedback_dtype: torch.dtype | None = None,
     ) -> None:
         owner = type(self).__name__
+        if isinstance(rule, str):
+            rule = rules.get(rule)
         if not isinstance(rule, Rule):
             raise TypeError(f"{owner}: rule: expected an lfp_kernels.rules.Rule, got {rule!r}")
         if default not in DEFAULTS:
@@ -237,6 +240,8 @@ class Composite:
 
 
 def _check_rule(owner: str, rule: Any) -> Rule:
+    if isinstance(rule, str):
+        return rules.get(rule)
     if not isinstance(rule, Rule):
         raise TypeError(f"{owner}: layers: expected (selector, Rule) pairs, got {rule!r} as rule")
     return rule

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import functional as F
 from ..rules import Gradient
 from .base import WEIGHTED
 from .feedback import BUFFER, AlignmentComposite, fan_in
 
 VARIANTS = ("dfa", "sdfa", "drtp")
+CONVS = ("flat", "broadcast")
 
 
 class Signals:
@@ -53,7 +55,7 @@ class OutputSignal(torch.autograd.Function):
 
 
 class Teacher:
-    """Makes a layer's input reward [N, *] from the reward at it: ``teacher(reward)``.
+    """Makes the reward of a layer's input x from the reward at its output: ``teacher(reward, x)``.
 
     ``taught(reward)`` is the signal [N, C] whose product with ``matrix`` [C, I] that is.
     """
@@ -68,8 +70,24 @@ class Teacher:
     def taught(self, reward: Tensor) -> Tensor:
         return self.composite.signal(reward)
 
-    def __call__(self, reward: Tensor) -> Tensor:
-        return self.taught(reward) @ self.matrix
+    def __call__(self, reward: Tensor, x: Tensor) -> Tensor:
+        return (self.taught(reward) @ self.matrix).view(x.shape)
+
+
+class BroadcastTeacher(Teacher):
+    """Of a convolution: the signal at every output position, through the transposed convolution
+    with D [C, C_in, *kernel]."""
+
+    def __call__(self, reward: Tensor, x: Tensor) -> Tensor:
+        space = reward.shape[2:]
+        signal = self.taught(reward).reshape(*reward.shape[:1], -1, *(1 for _ in space))
+        signal = signal.expand(*signal.shape[:2], *space).contiguous()
+        geometry = F.ConvGeometry.of(self.module)._replace(groups=1)
+        found = F.conv_redistribute(
+            x, self.matrix, None, signal, signal, geometry, Gradient(), need=(True, False, False)
+        )
+        assert found.input is not None
+        return found.input
 
 
 class DirectComposite(AlignmentComposite):
@@ -128,6 +146,11 @@ class DirectComposite(AlignmentComposite):
         for name, module in chosen:
             self._chosen[id(module)] = name
             held = getattr(module, BUFFER, None)
+            if self._broadcasts(module):
+                weight: Tensor = module.weight
+                like = weight.new_empty((outputs, module.in_channels, *module.kernel_size))
+                self.register(module, like, generator)
+                continue
             size = sizes.get(id(module), 0 if held is None else held.shape[-1])
             if not size:
                 raise ValueError(
@@ -137,12 +160,15 @@ class DirectComposite(AlignmentComposite):
             layer: Any = module
             self.register(module, layer.weight.new_empty((outputs, size), device="meta"), generator)
 
+    def _broadcasts(self, module: nn.Module) -> bool:
+        return False
+
     def _outputs(self, model: nn.Module) -> int:
         last: Any = [m for m in model.modules() if isinstance(m, WEIGHTED)][-1]
         return last.out_features if isinstance(last, nn.Linear) else last.out_channels
 
     def _sizes(
-        self, model: nn.Module, chosen: list[tuple[str, nn.Module]], x: Tensor | None
+        self, model: nn.Module, chosen: list[tuple[str, Any]], x: Tensor | None
     ) -> dict[int, int]:
         sizes = {id(m): m.in_features for _, m in chosen if isinstance(m, nn.Linear)}
         if x is None:
@@ -184,23 +210,38 @@ class DirectComposite(AlignmentComposite):
 
 class DirectFeedbackAlignment(DirectComposite):
     """DFA: the error at the output reaches the input of every layer through one random matrix
-    D [C, inputs], whatever lies between (Nokland 2016). Convolutions take D [C, C_in H W], one
-    value per input element.
+    D [C, inputs], whatever lies between (Nokland 2016).
 
     Args:
         variant: "dfa" sends the error e down, "sdfa" its sign, "drtp" the one-hot labels, which
             are there before the output is (Frenkel 2021); these two divided by N, to go with a
             loss that is a mean.
+        conv: "flat" (the default) gives a convolution D [C, C_in H W], one value per input element,
+            as TinyDFA and DRTP do; "broadcast" sends the signal from every output position
+            through D [C, C_in, *kernel] by the transposed convolution, as BioTorch does. It serves
+            every input size, and not transposed convolutions.
         init, seed, feedback_dtype: as for ``feedback.AlignmentComposite``.
     """
 
-    def __init__(self, variant: str = "dfa", **options: Any) -> None:
+    def __init__(self, variant: str = "dfa", *, conv: str = "flat", **options: Any) -> None:
+        if conv not in CONVS:
+            raise ValueError(
+                f"DirectFeedbackAlignment: conv: expected one of {CONVS}, got {conv!r}"
+            )
         if variant not in VARIANTS:
             raise ValueError(
                 f"DirectFeedbackAlignment: variant: expected one of {VARIANTS}, got {variant!r}"
             )
         super().__init__(**options)
-        self.variant = variant
+        self.variant, self.conv = variant, conv
+
+    def _broadcasts(self, module: nn.Module) -> bool:
+        return self.conv == "broadcast" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+    def teacher_of(self, name: str, module: nn.Module) -> Any:
+        if id(module) in self._chosen and self._broadcasts(module):
+            return BroadcastTeacher(self, module)
+        return super().teacher_of(name, module)
 
     def signal(self, reward: Tensor) -> Tensor:
         error = self.signals.error
@@ -298,6 +339,6 @@ class _NonlinearTeacher:
     def __init__(self, composite: NonlinearFeedback, module: nn.Module) -> None:
         self.module: Any = module
 
-    def __call__(self, reward: Tensor) -> Tensor:
+    def __call__(self, reward: Tensor, x: Tensor) -> Tensor:
         first, second = (getattr(self.module, f"{BUFFER}_{k}") for k in (1, 2))
-        return (reward @ first).tanh() @ second
+        return ((reward @ first).tanh() @ second).view(x.shape)

@@ -134,7 +134,7 @@ class _Weighted(Stage):
         rule = self.composite.rule_now(self.rule)
         need_input, taught = self.wants_input, None
         if self.teacher is not None and need_input:
-            need_input, taught = False, self.teacher(reward).view(x.shape)
+            need_input, taught = False, self.teacher(reward, x)
             if isinstance(self.below, Derivative):
                 taught = self.below(taught, x)
         if self.direct is not None:

@@ -57,12 +57,25 @@ REGISTRY: dict[str, type[Rule]] = {
     )
 }  # fmt: skip
 
+
+def get(name: str, **parameters: float) -> Rule:
+    """The rule called ``name`` (a key of REGISTRY, "oja" or "separate") with its parameters.
+
+    Raises:
+        ValueError: no such rule; the message lists them. TypeError: a parameter it does not have.
+    """
+    known = {**REGISTRY, Oja.name: Oja, Separate.name: Separate}
+    if name not in known:
+        raise ValueError(f"rules: expected one of {', '.join(sorted(known))}, got {name!r}")
+    return known[name](**parameters)
+
+
 __all__ = [
     "DERIVATIVES", "DERIVATIVE_BITS", "NONNEGATIVE", "REGISTRY", "SIGNAL_IN", "SIGNAL_OUT",
     "AlphaBeta", "Derivative", "Epsilon", "FixedFeedback", "FixedSignFeedback", "Flat", "Gamma",
     "Gradient", "Hebbian", "InputEpilogue", "Map", "Matrix", "NoisyFeedback", "Oja", "Parts",
     "Prologue", "RandomSignFeedback", "ReverseNegative", "ReversePositive", "Rule", "RuleCall",
     "Separate", "SignFeedback", "Signals", "WSquare", "WeightEpilogue", "ZBox", "ZPlus", "Zero",
-    "accumulate_dtype", "finish_below", "finish_input", "run_params", "stabilize",
+    "accumulate_dtype", "finish_below", "finish_input", "get", "run_params", "stabilize",
     "uniform",
 ]  # fmt: skip
