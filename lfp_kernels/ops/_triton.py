@@ -92,16 +92,6 @@ def below_eps(below: Rule | Derivative | None) -> float:
     return below.stabilizer if isinstance(below, Rule) else 1.0
 
 
-def refuse_unsupported(op: str, rule: Rule, need_input: bool) -> None:
-    """Raise for what has no Triton kernel: two signals, and matrices made on the way in."""
-    made = rule.matrix_code not in (Matrix.WEIGHT, Matrix.GIVEN)
-    if rule.split or (made and need_input):
-        raise NotImplementedError(
-            f"lfp_kernels::{op}: rule {type(rule).__name__} has no Triton kernel yet; "
-            "use_backend('native') or 'reference' has it"
-        )
-
-
 @triton.constexpr_function
 def accumulate_type(dtype):
     """Arithmetic type: 16-bit values are computed in float32."""

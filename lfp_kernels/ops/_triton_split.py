@@ -18,6 +18,7 @@ from torch import Tensor
 from ..optim import Update
 from ..rules import Gradient, Map, Parts, Rule, RuleCall, Signals, accumulate_dtype
 from ._triton import RELU, SIGMOID, TANH, divide, finish, finish_weight, load, stabilize, store
+from ._triton_product import Tiles
 
 _FINISHED = tl.constexpr(Gradient.code)  # its weight epilogue is the identity
 PLUS, _ALPHA_BETA = tl.constexpr(int(Signals.PLUS)), tl.constexpr(int(Signals.ALPHA_BETA))
@@ -119,6 +120,11 @@ def finish_split_weight(
 
 def split_mode(x: Tensor) -> str:
     return "fp64" if accumulate_dtype(x.dtype) == torch.float64 else "ieee"
+
+
+def split_options(tile: Tiles) -> dict[str, int]:
+    """Of a launch. A third stage would spill a register here and there."""
+    return {**tile.options(), "num_stages": 2}
 
 
 def has_second_part(call: RuleCall) -> bool:

@@ -19,13 +19,15 @@ from gpusim.pytest_support import require_triton
 from lfp_kernels.ops.conv.geometry import ConvGeometry
 from lfp_kernels.ops.reward.codes import Kind
 from lfp_kernels.optim import STATES, Update
-from lfp_kernels.rules import Epsilon
+from lfp_kernels.rules import REGISTRY, Epsilon, RuleCall
 
 pytestmark = pytest.mark.gpusim
 
 OPS = ("activation", "batch_norm", "combine", "conv", "linear", "pool", "reward", "update")
 NVIDIA = (80, 90, 100, 120)
 RULE = Epsilon()
+# Rules with two signals or a matrix that is made on the way in.
+NEW = [rule for rule in (cls() for cls in REGISTRY.values()) if rule.split or rule.code & 0xE0]
 ALL = (True, True, True)
 HYPER = [0.1, 0.01, 1.0, 0.9, 0.0, 0.9, 0.99, 1e-8, 0.1, 0.1, 0.1, 0.01]
 
@@ -103,12 +105,16 @@ def run_linear(op, dtype) -> None:
         weight, bias = empty(4096, 4096, dtype=dtype), empty(4096, dtype=dtype)
         op.forward(x, weight, bias, True)
         for product in {dtype, torch.bfloat16 if dtype == torch.float32 else dtype}:
-            op.redistribute(x, weight, bias, z, z, RULE, ALL, RULE, False, product)
+            call = RuleCall(RULE, None, RULE, False, False, product)
+            op.redistribute(x, weight, bias, z, z, call, ALL)
             for code in STATES:
                 steps = update(weight, code), update(bias, code)
-                op.redistribute_update(
-                    x, weight, bias, z, z, *steps, RULE, True, RULE, True, product
-                )  # fmt: skip
+                call = RuleCall(RULE, None, RULE, True, False, product)
+                op.redistribute_update(x, weight, bias, z, z, *steps, call, True)
+    for rule in NEW:
+        steps = update(weight, 1), update(bias, 1)
+        call = RuleCall(rule, weight if rule.takes_matrix else None)
+        op.redistribute_update(x, weight, bias, z, z, *steps, call, rule.has_input)
 
 
 def run_conv(op, dtype) -> None:
@@ -125,9 +131,13 @@ def run_conv(op, dtype) -> None:
             z = op.forward(x, weight, None, geometry, True)
             bias = empty(z.shape[1], dtype=dtype)
             steps = update(weight, 1), update(bias, 1)
-            op.redistribute_update(
-                x, weight, bias, z, z, geometry, *steps, RULE, True, RULE, False, dtype
-            )  # fmt: skip
+            call = RuleCall(RULE, None, RULE, False, False, dtype)
+            op.redistribute_update(x, weight, bias, z, z, geometry, *steps, call, True)
+            for rule in NEW if x_shape[1] == 64 else ():
+                call = RuleCall(rule, weight if rule.takes_matrix else None)
+                op.redistribute_update(
+                    x, weight, bias, z, z, geometry, *steps, call, rule.has_input
+                )
 
 
 RUNS = {name: globals()[f"run_{name}"] for name in OPS}

@@ -158,7 +158,7 @@ def test_64_bit_positions(request, monkeypatch, tmp_path) -> None:
     if request.config.getoption("--simulate") == "triton":
         from lfp_kernels.ops.conv import triton as kernels
 
-        monkeypatch.setattr(kernels, "_long", lambda *tensors: True)
+        monkeypatch.setattr(kernels, "is_long", lambda *tensors: True)
         got = results_of_layers()
     else:
         # The library reads the variable once: in a process of its own.
@@ -166,7 +166,8 @@ def test_64_bit_positions(request, monkeypatch, tmp_path) -> None:
         options = ("--capability", "--processors")
         numbers = [str(request.config.getoption(name)) for name in options]
         path = os.pathsep.join(str(here.parents[k]) for k in (2, 1, 0))
-        environment = {**os.environ, "LFP_KERNELS_INDEX64": "1", "LFP_SIM_SOURCES": "conv.cu"}
+        sources = "conv.cu,conv_rules.cu"
+        environment = {**os.environ, "LFP_KERNELS_INDEX64": "1", "LFP_SIM_SOURCES": sources}
         command = [sys.executable, "-c", IN_64_BITS, str(file), *numbers]
         subprocess.run(command, env={**environment, "PYTHONPATH": path}, check=True)
         got = torch.load(file)

@@ -34,7 +34,7 @@ SHAPES = ((7, 13, 9), (70, 68, 132), (3, 600, 20))
 
 def arguments(rule, shape, dtype, nonnegative=False):
     n, n_in, n_out = shape
-    x, weight, bias, z, reward = case((n,), n_in, n_out, dtype)
+    x, weight, bias, _, reward = case((n,), n_in, n_out, dtype)
     x = x.relu() if nonnegative else x
     z = torch.nn.functional.linear(x, weight, bias)
     z = z + torch.where(z < 0, -0.5, 0.5).to(dtype)  # away from the jumps at 0
@@ -118,11 +118,19 @@ def test_a_frozen_bias_counts() -> None:
 # ---- convolutions
 
 
+def output_of(x, weight, bias, geometry):
+    """The layer's own output, whose sign tells with gamma which denominator is well conditioned,
+    away from the jumps at 0."""
+    z = conv_cases.forward(x.double(), weight.double(), bias.double(), geometry)
+    return (z + torch.where(z < 0, -0.5, 0.5)).to(x.dtype)
+
+
 def conv_arguments(rule, name, dtype, last=False):
-    x, weight, bias, z, reward, geometry = conv_cases.layer(name)
+    x, weight, bias, _, reward, geometry = conv_cases.layer(name)
     given = torch.randn(weight.shape, generator=torch.Generator().manual_seed(9)).double()
     given = given.to(dtype) if rule.takes_matrix else None
-    tensors = [t.to(dtype) for t in (x, weight, bias, z, reward)]
+    x, weight, bias, reward = (t.to(dtype) for t in (x, weight, bias, reward))
+    tensors = [x, weight, bias, output_of(x, weight, bias, geometry), reward]
     if last:
         tensors[0], tensors[3], tensors[4] = conv_cases.channels_last(
             tensors[0], tensors[3], tensors[4]

@@ -1,5 +1,5 @@
-"""Every rule of the registry on the Triton kernels, against the reference; what convolutions do not
-have is refused by name. Runs under ``pytest --simulate triton``.
+"""Every rule of the registry on the Triton kernels, against the reference. Runs under ``pytest
+--simulate triton``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ALL = {
     name: cls(**({"eps": 0.01} if hasattr(cls(), "eps") else {}), **OPTIONS.get(name, {}))
     for name, cls in rules.REGISTRY.items()
 }
-ONE = [pytest.param(rule, id=name) for name, rule in ALL.items() if not rule.split]
-TWO = [pytest.param(rule, id=name) for name, rule in ALL.items() if rule.split]
 EVERY = [pytest.param(rule, id=name) for name, rule in ALL.items()]
 
 
-def arguments(rule, shape, dtype):
+def arguments(rule, shape, dtype, nonnegative=False):
     n, n_in, n_out = shape
-    x, weight, bias, z, reward = case((n,), n_in, n_out, dtype)
+    x, weight, bias, _, reward = case((n,), n_in, n_out, dtype)
+    x = x.relu() if nonnegative else x
+    z = torch.nn.functional.linear(x, weight, bias)
     z = z + torch.where(z < 0, -0.5, 0.5).to(dtype)  # away from the jumps at 0
     g = torch.Generator().manual_seed(9)
     given = torch.randn(weight.shape, generator=g, dtype=torch.float64).to(dtype)
@@ -61,9 +61,7 @@ def check(got, same, truth) -> None:
 @pytest.mark.parametrize("rule", EVERY)
 def test_linear(rule, shape, dtype) -> None:
     for nonnegative in (False, True) if rule.split else (False,):
-        args, given = arguments(rule, shape, dtype)
-        if nonnegative:
-            args = (args[0].relu(), *args[1:])
+        args, given = arguments(rule, shape, dtype, nonnegative)
         options = {"need": (rule.has_input, True, True), "nonnegative": nonnegative}
         got = run("native", *args, rule, matrix=given, **options)
         same = run("reference", *args, rule, matrix=given, **options)
@@ -102,26 +100,93 @@ def test_derivative_of_the_activation_below(name, function) -> None:
     check(got, want, want)
 
 
-@pytest.mark.parametrize("rule", ONE)
-def test_convolution(rule) -> None:
-    x, weight, bias, z, reward, geometry = conv_cases.layer("2d-transposed")
-    generator = torch.Generator().manual_seed(9)
-    given = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-    options = {"need": (rule.has_input, True, True), "matrix": given if rule.takes_matrix else None}
-    args = x, weight, bias, z, reward, geometry, rule
-    with use_backend("reference"):
-        want = F.conv_redistribute(*args, **options)
-    with use_backend("native"):
-        if rule.matrix_code in (rules.Matrix.WEIGHT, rules.Matrix.GIVEN):
-            check(F.conv_redistribute(*args, **options), want, want)
-        else:
-            with pytest.raises(NotImplementedError, match="conv_redistribute: rule .* has no Trit"):
-                F.conv_redistribute(*args, **options)
+# ---- convolutions
 
 
-@pytest.mark.parametrize("rule", TWO)
-def test_convolutions_refuse_rules_with_two_signals(rule) -> None:
-    x, weight, bias, z, reward, geometry = conv_cases.layer("2d")
-    match = f"{type(rule).__name__} has no Triton kernel"
-    with use_backend("native"), pytest.raises(NotImplementedError, match=match):
-        F.conv_redistribute(x, weight, bias, z, reward, geometry, rule)
+def output_of(x, weight, bias, geometry):
+    """The layer's own output, whose sign tells with gamma which denominator is well conditioned,
+    away from the jumps at 0."""
+    z = conv_cases.forward(x.double(), weight.double(), bias.double(), geometry)
+    return (z + torch.where(z < 0, -0.5, 0.5)).to(x.dtype)
+
+
+def conv_arguments(rule, name, dtype, last=False, nonnegative=False):
+    x, weight, bias, _, reward, geometry = conv_cases.layer(name)
+    x = x.relu() if nonnegative else x
+    given = torch.randn(weight.shape, generator=torch.Generator().manual_seed(9)).double()
+    given = given.to(dtype) if rule.takes_matrix else None
+    x, weight, bias, reward = (t.to(dtype) for t in (x, weight, bias, reward))
+    tensors = [x, weight, bias, output_of(x, weight, bias, geometry), reward]
+    if last:
+        tensors[0], tensors[3], tensors[4] = conv_cases.channels_last(
+            tensors[0], tensors[3], tensors[4]
+        )
+    return tensors, geometry, given
+
+
+def check_conv(rule, name, dtype, last=False, **options) -> None:
+    nonnegative = options.get("nonnegative", False)
+    tensors, geometry, given = conv_arguments(rule, name, dtype, last, nonnegative)
+    (matrix,) = wide([given])
+    results = []
+    for backend, args, b in (
+        ("native", tensors, given),
+        ("reference", tensors, given),
+        ("reference", wide(tensors), matrix),
+    ):
+        with use_backend(backend):
+            results.append(
+                F.conv_redistribute(
+                    *args, geometry, rule, matrix=b, need=(rule.has_input, True, True), **options
+                )
+            )
+    check(*results)
+
+
+@pytest.mark.parametrize("name", conv_cases.CASES)
+@pytest.mark.parametrize("rule", ["random_sign_feedback", "alpha_beta", "zbox"])
+def test_every_kind_of_convolution(rule, name) -> None:
+    check_conv(ALL[rule], name, torch.float64)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["plain", "channels_last"])
+@pytest.mark.parametrize("rule", EVERY)
+def test_convolution(rule, last) -> None:
+    """Few channels and many: the two orders of k."""
+    check_conv(rule, "2d-transposed", torch.float64, last)
+    check_conv(rule, "2d-odd", torch.float32, last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", ["noisy_feedback", "zplus", "alpha_beta", "gamma"])
+def test_convolution_of_many_channels(rule, dtype, monkeypatch) -> None:
+    case = (2, 20, 5, 6), 36, (3, 2), {"padding": 1, "groups": 1}
+    monkeypatch.setitem(conv_cases.CASES, "many", case)
+    for last in (False, True):
+        check_conv(ALL[rule], "many", dtype, last)
+    if ALL[rule].split:
+        check_conv(ALL[rule], "many", dtype, nonnegative=True)
+
+
+@pytest.mark.parametrize("function", rules.DERIVATIVES)
+@pytest.mark.parametrize("name", ["random_sign_feedback", "alpha_beta"])
+def test_derivative_of_the_activation_below_a_convolution(name, function) -> None:
+    check_conv(ALL[name], "2d-odd", torch.float64, below=rules.DERIVATIVES[function])
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["plain", "channels_last"])
+@pytest.mark.parametrize("rule", EVERY)
+def test_convolution_update(rule, last) -> None:
+    results = []
+    for backend in ("native", "reference"):
+        (x, w, b, z, reward), geometry, given = conv_arguments(rule, "2d-odd", torch.float64, last)
+        to_w, to_b = conv_cases.update_for(w, 1), conv_cases.update_for(b, 1)
+        for state in (*to_w.states, *to_b.states):
+            state.fill_(0.5)
+        with use_backend(backend):
+            input_reward = F.conv_redistribute_update(
+                x, w, b, z, reward, geometry, to_w, to_b, rule, matrix=given,
+                need_input=rule.has_input,
+            )  # fmt: skip
+        results.append((input_reward, w, b))
+    check(*results, results[1])

@@ -33,6 +33,9 @@ CASE = re.compile(r"^ *case ScalarType::(\w+): return.*\n", re.MULTILINE)
 FLOAT = re.compile(
     r"^ *case ScalarType::Float:\n(.*\n)*? *return f\(float\{\}, float\{\}\);\n", re.M
 )
+# Files that name the types they are compiled for themselves.
+INSTANTIATORS = ("csrc/cuda/conv_rules.cu", "csrc/cuda/linear_rules.cu")
+INSTANCE = re.compile(r"^LFP_INSTANTIATE\((\w+)\)\n", re.MULTILINE)
 PRODUCT = re.compile(r"^ *if \(product == ScalarType::\w+\) return.*\n", re.MULTILINE)
 
 
@@ -78,11 +81,13 @@ def run_tests(tree: Path, backend: str, group: Group) -> tuple[bool, str]:
 @contextmanager
 def fewer_types(tree: Path, group: Group) -> Iterator[None]:
     """Compiles the kernels for the group's element types only."""
-    files = [tree / name for name in DISPATCHERS] if group.dtypes else []
+    types = group.dtypes.split()
+    files = [tree / name for name in DISPATCHERS + INSTANTIATORS] if group.dtypes else []
     texts = [file.read_text() for file in files]
     for file, text in zip(files, texts):
-        kept = CASE.sub(lambda m: m[0] if m[1] in group.dtypes.split() else "", text)
-        kept = PRODUCT.sub("", kept) if "Float" in group.dtypes.split() else FLOAT.sub("", kept)
+        kept = CASE.sub(lambda m: m[0] if m[1] in types else "", text)
+        kept = INSTANCE.sub(lambda m: m[0] if m[1].title() in map(str.title, types) else "", kept)
+        kept = PRODUCT.sub("", kept) if "Float" in types else FLOAT.sub("", kept)
         file.write_text(kept)
     try:
         yield

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from . import Group, cuda_bugs_conv, cuda_bugs_linear, cuda_bugs_memory, cuda_bugs_pool
+from . import (
+    Group,
+    cuda_bugs_conv,
+    cuda_bugs_linear,
+    cuda_bugs_memory,
+    cuda_bugs_pool,
+    cuda_bugs_rules,
+)
 
 GROUPS: tuple[Group, ...] = (
     *cuda_bugs_linear.GROUPS,
     *cuda_bugs_memory.GROUPS,
     *cuda_bugs_pool.GROUPS,
     *cuda_bugs_conv.GROUPS,
+    *cuda_bugs_rules.GROUPS,
 )

@@ -51,7 +51,6 @@ OPERAND = plant(
 
 EPILOGUE = plant(
     "csrc/cuda/conv_epilogue.cuh",
-    ("mask", "if (at[k] >= 0) store(p, at[k], v[k]);", "store(p, at[k] < 0 ? 0 : at[k], v[k]);"),
     ("epilogue sign", "v[k] += add[k];", "v[k] -= add[k];"),
     ("epilogue", "v[k] = rule.input_epilogue(v[k], in[k]);", "v[k] = v[k];"),
     ("mask", "n + k < channels ? pixel + channel + k : -1;", "pixel + channel + k;"),
@@ -63,14 +62,21 @@ EPILOGUE = plant(
     ("stride", "by_channels.divisor) * taps + tap;", "by_channels.divisor) * taps;"),
     ("mask", "n + k < columns ? line + at : -1;", "line + at;"),
     ("offset", "{{group * rows + m}, false}", "{{m}, false}"),
-    ("state not written", "    if (to.optimizer == kAdamW) run.store_to(to.state_b, b);\n", ""),
-    ("state not written", "    if (to.optimizer != kSgd) run.store_to(to.state_a, a);\n", ""),
     (
         "epilogue factor",
         "raw[k] = rule.weight_epilogue(raw[k], w[k]);",
         "raw[k] = rule.weight_epilogue(w[k], raw[k]);",
     ),
     ("layout", "      if (together) break;\n", ""),
+)
+
+RUN = plant(
+    "csrc/cuda/run.cuh",
+    ("mask", "if (at[k] >= 0) store(p, at[k], v[k]);", "store(p, at[k] < 0 ? 0 : at[k], v[k]);"),
+    ("layout", "if (together) return store<V>(p, at[0], v);", "return store<V>(p, at[0], v);"),
+    ("state not read", "  if (to.optimizer == kAdamW) run.load_from(to.state_b, b);\n", ""),
+    ("state not written", "  if (to.optimizer == kAdamW) run.store_to(to.state_b, b);\n", ""),
+    ("state not written", "  if (to.optimizer != kSgd) run.store_to(to.state_a, a);\n", ""),
 )
 
 DIRECT = plant(
@@ -81,7 +87,7 @@ DIRECT = plant(
         "f.up ? source * targets + channel - int64_t(window.group) * targets",
         "f.up ? source * targets + channel",
     ),
-    ("stride", "load(w, v * taps);", "load(w, v);"),
+    ("stride", "rounded<P>(load(w, v * taps))", "rounded<P>(load(w, v))"),
     ("mask", "          if (from < 0) continue;\n", ""),
     ("reduction", "row_sum += s;", "row_sum = s;"),
     ("barrier", "    __syncthreads();  // the sums before have been read\n", ""),
@@ -149,10 +155,10 @@ HOST = plant(
         "const bool writes = allows_packs<T>(channels) && sums.aligned();",
         "const bool writes = sums.aligned();",
     ),
-    ("argument", "f.up = up, f.takes_rule = is_input;", "f.up = false, f.takes_rule = is_input;"),
+    ("argument", "      f.up = up;\n", ""),
     (
         "layout",
-        "if (shapes.direct() || !shapes.channels_last) return dense(weight);",
+        "if (is_direct(shapes) || !shapes.channels_last) return dense(weight);",
         "return dense(weight);",
     ),
     (
@@ -183,8 +189,8 @@ GROUPS = (
         "tests/gpusim_ops/test_conv_edges.py tests/test_conv.py "
         "tests/gpusim_ops/test_conv_tiles.py "
         "-k 'edges or (float32 and not opcheck and not reference)'",
-        HOST + WINDOW + DIRECT + EPILOGUE + OPERAND + INDEX,
-        "conv.cu",
+        HOST + WINDOW + DIRECT + EPILOGUE + RUN + OPERAND + INDEX,
+        "conv.cu,conv_rules.cu",
         "Float",
     ),
 )

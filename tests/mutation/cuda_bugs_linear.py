@@ -6,6 +6,7 @@ from . import Group, plant
 
 TILES = "tests/gpusim_ops/test_linear_tiles.py"
 FLOAT32 = f"{TILES} -k 'float32 or chained'"
+BUILT = "linear.cu,linear_rules.cu"
 
 ONE_PASS = plant(
     "csrc/cuda/linear_one_pass.cuh",
@@ -83,9 +84,10 @@ EPILOGUE = plant(
 
 RULE_CALL = plant(
     "csrc/cuda/rule_call.cuh",
-    ("rule", "default: return f(Epsilon<A>{});", "default: return f(Gradient<A>{});"),
+    ("rule", "code.input == InputEpilogue::kTimesInput ? g * x : g, x", "g * x, x"),
+    ("rule", "return code.weight == WeightEpilogue::kMagnitude ? f *", "return true ? f *"),
     ("chain", "if (signal_out) return chain_epilogue(g, x, params);", ""),
-    ("chain", "signal_in(chain & kSignalIn)", "signal_in(chain & kSignalOut)"),
+    ("chain", "signal_in((chain & kSignalIn)", "signal_in((chain & kSignalOut)"),
     ("state not written", "    if (optimizer != kSgd) store<V>(state_a, i, a);\n", ""),
     ("state not written", "    if (optimizer == kAdamW) store<V>(state_b, i, b);\n", ""),
     ("state not read", "    if (optimizer == kAdamW) load<V>(state_b, i, b);\n", ""),
@@ -249,14 +251,14 @@ HOPPER_INSTRUCTIONS = plant(
 
 GROUPS = (
     # One simulated processor: blocks then go down several tiles of rows.
-    Group(f"--processors 1 {FLOAT32}", ONE_PASS + HOST, "linear.cu", "Float"),
-    Group(FLOAT32, OPERAND + EPILOGUE + RULE_CALL + PRODUCT + SIMT, "linear.cu", "Float"),
-    Group(f"{TILES} -k bfloat16", MMA, "linear.cu", "BFloat16"),
-    Group(f"{TILES} -k 'float16 and not bfloat16'", TF32, "linear.cu", "Half"),
+    Group(f"--processors 1 {FLOAT32}", ONE_PASS + HOST, BUILT, "Float"),
+    Group(FLOAT32, OPERAND + EPILOGUE + RULE_CALL + PRODUCT + SIMT, BUILT, "Float"),
+    Group(f"{TILES} -k bfloat16", MMA, BUILT, "BFloat16"),
+    Group(f"{TILES} -k 'float16 and not bfloat16'", TF32, BUILT, "Half"),
     Group(
         "--capability 90 --processors 4 tests/gpusim_ops/test_cuda_hopper.py",
         HOPPER + HOPPER_INSTRUCTIONS,
-        "linear.cu",
+        BUILT,
         "BFloat16",
     ),
 )

@@ -220,7 +220,7 @@ GROUPS = (
     Group(
         "--processors 1 tests/gpusim_ops/test_linear_tiles.py -k float32",
         OPT_IN,
-        "linear.cu",
+        "linear.cu,linear_rules.cu",
         "Float",
     ),
     Group(

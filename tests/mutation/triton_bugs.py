@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import Group, plant, triton_bugs_spatial
+from . import Group, plant, triton_bugs_rules, triton_bugs_spatial
 
 SUMS = "tests/gpusim_ops/test_split_sums.py"
 SUMMED = "linear_redistribute or linear_update or dense_tensors"
@@ -229,4 +229,5 @@ GROUPS = (
         REWARD,
     ),
     *triton_bugs_spatial.GROUPS,
+    *triton_bugs_rules.GROUPS,
 )

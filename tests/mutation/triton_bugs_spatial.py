@@ -159,16 +159,11 @@ CONV_HOST = plant(
     ),
     (
         "split",
-        "inputs, outputs, blocks(steps, tile.splits),",
-        "inputs, outputs, steps // tile.splits,",
+        "blocks(steps, tile.splits), seed,",
+        "steps // tile.splits, seed,",
     ),
     ("argument", "weight.numel() // groups,\n", "weight.numel(),\n"),
     ("layout", "    x = arranged_like(out, x)\n", ""),
-    (
-        "argument",
-        "*axes(geometry.stride), *axes(geometry.padding, 0),",
-        "*axes(geometry.stride), *axes(geometry.padding),",
-    ),
     (
         "epilogue",
         "finish_input(partial, x, out, rule, below)",

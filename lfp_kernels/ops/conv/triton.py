@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...optim import Update
-from ...rules import Gradient, Rule, RuleCall, accumulate_dtype
+from ...rules import Gradient, Matrix, Rule, RuleCall, accumulate_dtype
 from .._triton import (
     FEEDBACK,
     NO_HYPER,
@@ -19,13 +19,10 @@ from .._triton import (
     blocks,
     finish,
     launch,
-    power_of_2,
     prologue_code,
-    refuse_unsupported,
     states_of,
 )
 from .._triton_product import (
-    Tiles,
     feedback_mode,
     finish_forward,
     finish_input,
@@ -36,35 +33,19 @@ from .._triton_volume import axes, strides
 from .geometry import ConvGeometry, output_shape
 from .layout import empty, strided_channels_last
 from .triton_kernels import product_kernel, weight_kernel
-
-
-def _window(weight: Tensor, geometry: ConvGeometry) -> tuple[int, ...]:
-    """Kernel, stride, padding, dilation per axis."""
-    return (
-        *axes(weight.shape[2:]), *axes(geometry.stride), *axes(geometry.padding, 0),
-        *axes(geometry.dilation),
-    )  # fmt: skip
-
-
-def _long(*tensors: Tensor) -> bool:
-    """Whether 32 bits are too few to count positions, or for offsets within a sample."""
-    for t in tensors:
-        span = sum((size - 1) * step for size, step in zip(t.shape[1:], t.stride()[1:]))
-        if max(t.shape[0] * t.shape[2:].numel(), span) > 2**31 - 1024:
-            return True
-    return False
-
-
-def _with_warps(tile: Tiles, places: int) -> Tiles:
-    """With warps enough that no thread holds more than eight of the places that the tile reads."""
-    return tile._replace(warps=max(tile.warps, power_of_2(blocks(places, 8 * 32), 1, 8)))
+from .triton_launch import is_long, window, with_warps
+from .triton_split import redistribute_split
 
 
 def _product(
     src: Tensor, z: Tensor, weight: Tensor, out: Tensor, extra: Tensor, geometry: ConvGeometry,
     scatter: bool, mode: str, last: bool, eps: float, below: float, meta: dict,
+    given: Tensor | None = None, a: float = 0.0, seed: int = 0,
 ) -> Tensor | None:  # fmt: skip
     """``out`` [N, ., *spatial] = a gather or scatter of ``src``, through the epilogue of ``meta``.
+
+    Args:
+        given, a, seed: what a kernel that is made from ``weight`` needs besides it.
 
     Returns:
         None, or partial sums [parts, *out in the order of its memory] that wait for the epilogue.
@@ -77,18 +58,20 @@ def _product(
     thin = inputs <= 4 and outputs <= 4  # depthwise: a tensor core would multiply zeros
     flat = inputs < 16 or thin or mode == "fp64"
     tile = tiles(rows, outputs, inputs * taps if flat else inputs, mode, groups, thin, heavy=True)
-    tile = _with_warps(tile, tile.m * tile.k)
+    made = 1 if given is None and seed == 0 and a == 0 else 2  # a place of W and one of its draw
+    tile = with_warps(tile, tile.m * tile.k * made)
     steps = blocks(inputs * taps, tile.k) if flat else blocks(inputs, tile.k) * taps
     target = out
     if tile.splits > 1:
         target = out.new_empty((tile.splits, out.numel()), dtype=accumulate_dtype(out.dtype))
         meta = {**meta, "EPILOGUE": "partial"}
     launch(
-        product_kernel, tile.programs(rows, outputs), out, src, z, weight, extra, target, rows,
-        inputs, outputs, blocks(steps, tile.splits), *w_strides, weight.numel() // groups,
-        *axes(out.shape[2:]), *axes(src.shape[2:]), *_window(weight, geometry), *strides(src),
-        *strides(z), *strides(out), out.numel(), eps, below, SCATTER=scatter, LAST=last, FLAT=flat,
-        LONG=_long(out, src, z), MODE=mode, groups=groups, **meta, **tile.options(),
+        product_kernel, tile.programs(rows, outputs), out, src, z, weight,
+        weight if given is None else given, extra, target, rows, inputs, outputs,
+        blocks(steps, tile.splits), seed, *w_strides, weight.numel() // groups,
+        *axes(out.shape[2:]), *axes(src.shape[2:]), *window(weight, geometry), *strides(src),
+        *strides(z), *strides(out), out.numel(), eps, below, a, SCATTER=scatter, LAST=last,
+        FLAT=flat, LONG=is_long(out, src, z), MODE=mode, groups=groups, **meta, **tile.options(),
     )  # fmt: skip
     return target if tile.splits > 1 else None
 
@@ -119,9 +102,10 @@ def _input_reward(
     x: Tensor, weight: Tensor, z: Tensor, reward: Tensor, geometry: ConvGeometry, call: RuleCall,
     mode: str,
 ) -> Tensor:  # fmt: skip
-    rule, below = call.rule, call.below
-    if call.matrix is not None:  # B is the weight of this product
-        weight = call.matrix.contiguous()
+    rule, below, given, code = call.rule, call.below, call.matrix, call.rule.code
+    given = None if given is None else given.contiguous()
+    if rule.matrix_code == Matrix.GIVEN and given is not None:  # the weight of this product
+        weight, code = given, code - (Matrix.GIVEN << 4)
     last = strided_channels_last(x) or strided_channels_last(reward)
     out = empty(x, x.shape, last)
     if out.numel() == 0:
@@ -129,11 +113,11 @@ def _input_reward(
     x = arranged_like(out, x)
     meta = {
         "PROLOGUE": prologue_code(rule, call.signal_in), "EPILOGUE": "input", "BIAS": False,
-        "RELU": False, "RULE": rule.code, "SIGNAL_OUT": below_code(below),
+        "RELU": False, "RULE": code, "SIGNAL_OUT": below_code(below),
     }  # fmt: skip
     partial = _product(
         reward, z, weight, out, x, geometry, not geometry.transposed, mode, last, rule.stabilizer,
-        below_eps(below), meta,
+        below_eps(below), meta, given, rule.first, rule.random_seed,
     )  # fmt: skip
     if partial is not None:
         finish_input(partial, x, out, rule, below)
@@ -178,7 +162,7 @@ def _weight_product(
         small, large, signal = x, reward, "large"
     positions = small.shape[0] * small.shape[2:].numel()
     tile = tiles(outputs, inputs * taps, positions, mode, groups, heavy=True)
-    tile = _with_warps(tile, (tile.m + tile.n) * tile.k)
+    tile = with_warps(tile, (tile.m + tile.n) * tile.k)
     acc, parts = accumulate_dtype(x.dtype), tile.splits
     sums = weight.new_empty((parts, groups * outputs), dtype=acc) if bias else None
     target, code, hyper = weight if out is None else out, FEEDBACK.value, NO_HYPER
@@ -190,11 +174,11 @@ def _weight_product(
         weight_kernel, tile.programs(outputs, inputs * taps), x, small, large, z, weight, target,
         *states_of(update, weight), target if sums is None else sums, positions, outputs, inputs,
         tile.part(positions), *axes(small.shape[2:]), *axes(large.shape[2:]),
-        *_window(weight, geometry), *strides(small), *strides(large), *strides(z), weight.numel(),
+        *window(weight, geometry), *strides(small), *strides(large), *strides(z), weight.numel(),
         rule.stabilizer, *hyper, SIGNAL=signal, PROLOGUE=prologue_code(rule, signal_in),
         RULE=rule.code, OPTIMIZER=code, BIAS=bias,
-        LAST=strided_channels_last(x) or strided_channels_last(reward), LONG=_long(small, large, z),
-        MODE=mode, groups=groups, **tile.options(),
+        LAST=strided_channels_last(x) or strided_channels_last(reward),
+        LONG=is_long(small, large, z), MODE=mode, groups=groups, **tile.options(),
     )  # fmt: skip
     if parts > 1 and columns:
         finish(target, weight, rule.code, update, out, parts)
@@ -212,7 +196,8 @@ def redistribute(
     need: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     rule, signal_in, product_dtype = call.rule, call.signal_in, call.product_dtype
-    refuse_unsupported("conv_redistribute", rule, need[0])
+    if rule.split:
+        return redistribute_split(x, weight, bias, z, reward, geometry, call, need)
     mode, weight = feedback_mode(x.dtype, product_dtype), weight.contiguous()
     input_reward = bias_feedback = None
     if need[0]:
@@ -240,7 +225,11 @@ def redistribute_update(
     need_input: bool,
 ) -> Tensor | None:
     rule, signal_in, product_dtype = call.rule, call.signal_in, call.product_dtype
-    refuse_unsupported("conv_redistribute_update", rule, need_input)
+    if rule.split:
+        need = (need_input, True, bias is not None and bias_update is not None)
+        return redistribute_split(
+            x, weight, bias, z, reward, geometry, call, need, weight_update, bias_update
+        )[0]
     mode = feedback_mode(x.dtype, product_dtype)
     input_reward = None
     if need_input:  # reads W before any tile of it changes

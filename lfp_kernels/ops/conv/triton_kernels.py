@@ -16,11 +16,13 @@ import triton.language as tl
 from .._triton import (
     IDENTITY,
     PARTIAL,
+    WEIGHT,
     accumulate_type,
     finish_weight,
     input_epilogue,
     load,
     load_signal,
+    made_matrix,
     store,
 )
 from .._triton_product import GROUP, product, tile_of
@@ -33,7 +35,7 @@ def along(v, axis: tl.constexpr):
 
 
 @triton.jit
-def _positions(q, depth, height, width, LONG: tl.constexpr):
+def positions_of(q, depth, height, width, LONG: tl.constexpr):
     """(n, d, h, w) of the q-th position of a batch; 64-bit divisions only where they are needed."""
     if not LONG:
         q = q.to(tl.int32)
@@ -57,7 +59,7 @@ def _source(p, t, size, stride, padding, dilation, SCATTER: tl.constexpr):
 
 
 @triton.jit
-def _taps(
+def taps_of(
     tap, p_d, p_h, p_w, in_d, in_h, in_w, k_h, k_w, step_d, step_h, step_w, pad_d, pad_h, pad_w,
     far_d, far_h, far_w, s_d, s_h, s_w, SCATTER: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
@@ -72,24 +74,26 @@ def _taps(
     return d * s_d + h * s_h + w * s_w, d_inside & h_inside & w_inside
 
 
-_GEOMETRY = [
+# Arguments that no kernel is compiled anew for.
+GEOMETRY = [
     "out_d", "out_h", "out_w", "in_d", "in_h", "in_w", "k_d", "k_h", "k_w", "step_d", "step_h",
     "step_w", "pad_d", "pad_h", "pad_w", "far_d", "far_h", "far_w",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[
-    *_GEOMETRY, "rows", "part", "src_n", "src_d", "src_h", "z_n", "z_d", "z_h", "out_n", "o_d",
-    "o_h",
+    *GEOMETRY, "rows", "part", "seed", "src_n", "src_d", "src_h", "z_n", "z_d", "z_h", "out_n",
+    "o_d", "o_h",
 ])  # fmt: skip
 def product_kernel(
-    src_ptr, z_ptr, w_ptr, extra_ptr, out_ptr, rows, inputs, outputs, part, w_in, w_out, w_group,
-    out_d, out_h, out_w, in_d, in_h, in_w, k_d, k_h, k_w, step_d, step_h, step_w, pad_d, pad_h,
-    pad_w, far_d, far_h, far_w, src_n, src_c, src_d, src_h, src_w, z_n, z_c, z_d, z_h, z_w, out_n,
-    out_c, o_d, o_h, o_w, out_count, eps: tl.float64, below: tl.float64, SCATTER: tl.constexpr,
-    PROLOGUE: tl.constexpr, EPILOGUE: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr,
-    RULE: tl.constexpr, SIGNAL_OUT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
-    LONG: tl.constexpr, MODE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    src_ptr, z_ptr, w_ptr, given_ptr, extra_ptr, out_ptr, rows, inputs, outputs, part, seed, w_in,
+    w_out, w_group, out_d, out_h, out_w, in_d, in_h, in_w, k_d, k_h, k_w, step_d, step_h, step_w,
+    pad_d, pad_h, pad_w, far_d, far_h, far_w, src_n, src_c, src_d, src_h, src_w, z_n, z_c, z_d, z_h,
+    z_w, out_n, out_c, o_d, o_h, o_w, out_count, eps: tl.float64, below: tl.float64, a: tl.float64,
+    SCATTER: tl.constexpr, PROLOGUE: tl.constexpr, EPILOGUE: tl.constexpr, BIAS: tl.constexpr,
+    RELU: tl.constexpr, RULE: tl.constexpr, SIGNAL_OUT: tl.constexpr, LAST: tl.constexpr,
+    FLAT: tl.constexpr, LONG: tl.constexpr, MODE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr,
 ):  # fmt: skip
     """gather or scatter: out[rows = positions of the batch, outputs] of each group.
 
@@ -104,7 +108,7 @@ def product_kernel(
     split, m, n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
     group = tl.program_id(1).to(tl.int64)
     row = m * M + tl.arange(0, M)
-    batch, p_d, p_h, p_w = _positions(row, out_d, out_h, out_w, LONG)
+    batch, p_d, p_h, p_w = positions_of(row, out_d, out_h, out_w, LONG)
     row, batch = along(row, P), along(batch, P)
     p_d, p_h, p_w = along(p_d, P), along(p_h, P), along(p_w, P)
     output = along(n * N + tl.arange(0, N), O)
@@ -127,7 +131,7 @@ def product_kernel(
             k_inside = channel < inputs
             tap = (step // chunks).to(tl.int32)
             w_tap = tap
-        offset, inside = _taps(
+        offset, inside = taps_of(
             tap, p_d, p_h, p_w, in_d, in_h, in_w, k_h, k_w, step_d, step_h, step_w, pad_d, pad_h,
             pad_w, far_d, far_h, far_w, src_d, src_h, src_w, SCATTER, LONG,
         )  # fmt: skip
@@ -136,13 +140,16 @@ def product_kernel(
         if (PROLOGUE & 15) == IDENTITY:
             src = tl.load(at, mask=mask, other=0.0)
         else:
-            z_offset, _ = _taps(
+            z_offset, _ = taps_of(
                 tap, p_d, p_h, p_w, in_d, in_h, in_w, k_h, k_w, step_d, step_h, step_w, pad_d,
                 pad_h, pad_w, far_d, far_h, far_w, z_d, z_h, z_w, SCATTER, LONG,
             )  # fmt: skip
             src = load_signal(at, z_at + z_offset + along(channel, O) * z_c, mask, eps, PROLOGUE)
         w_mask = along(k_inside, P) & (output < outputs)
         w = tl.load(w_at + along(channel, P) * w_in + w_tap, mask=w_mask, other=0.0)
+        if ((RULE >> 4) & 15) != WEIGHT:  # B lies like W, both contiguous
+            index = group * w_group + output * w_out + along(channel, P) * w_in + w_tap
+            w = made_matrix(w, given_ptr + index, w_mask, index, a, seed, RULE)
         total = product(src, w, total, MODE) if LAST else product(w, src, total, MODE)
     inside = (row < rows) & (output < outputs)
     offset = batch * out_n + p_d.to(tl.int64) * o_d + p_h.to(tl.int64) * o_h
@@ -161,7 +168,7 @@ def product_kernel(
 
 
 @triton.jit(do_not_specialize=[
-    *_GEOMETRY, "positions", "part", "small_n", "small_d", "small_h", "large_n", "large_d",
+    *GEOMETRY, "positions", "part", "small_n", "small_d", "small_h", "large_n", "large_d",
     "large_h", "z_n", "z_d", "z_h",
 ])  # fmt: skip
 def weight_kernel(
@@ -211,13 +218,13 @@ def weight_kernel(
     end = tl.minimum((split + 1) * part, positions)
     for first in range(split * part, end, K):
         q = first + tl.arange(0, K)
-        batch, p_d, p_h, p_w = _positions(q, out_d, out_h, out_w, LONG)
+        batch, p_d, p_h, p_w = positions_of(q, out_d, out_h, out_w, LONG)
         q, batch = along(q, Q), along(batch, Q)
         p_d, p_h, p_w = along(p_d, Q), along(p_h, Q), along(p_w, Q)
         small_mask = (q < end) & (along(output, C) < outputs)
         at = batch * small_n + p_d.to(tl.int64) * small_d + p_h.to(tl.int64) * small_h
         at = small_at + at + p_w.to(tl.int64) * small_w
-        large, inside = _taps(
+        large, inside = taps_of(
             tap, p_d, p_h, p_w, in_d, in_h, in_w, k_h, k_w, step_d, step_h, step_w, pad_d, pad_h,
             pad_w, far_d, far_h, far_w, large_d, large_h, large_w, False, LONG,
         )  # fmt: skip
@@ -228,7 +235,7 @@ def weight_kernel(
             a = load_signal(at, z_at + z + p_w.to(tl.int64) * z_w, small_mask, eps, PROLOGUE)
             b = tl.load(large, mask=large_mask, other=0.0)
         else:
-            z, _ = _taps(
+            z, _ = taps_of(
                 tap, p_d, p_h, p_w, in_d, in_h, in_w, k_h, k_w, step_d, step_h, step_w, pad_d,
                 pad_h, pad_w, far_d, far_h, far_w, z_d, z_h, z_w, False, LONG,
             )  # fmt: skip

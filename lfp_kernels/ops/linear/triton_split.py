@@ -25,6 +25,7 @@ from .._triton_split import (
     input_parts,
     split_bias,
     split_mode,
+    split_options,
     weight_parts,
 )
 
@@ -90,9 +91,7 @@ def split_input_kernel(
             if SECOND:
                 g2 = product(v, w_p, g2, MODE)
     inside, offset = (row < rows) & (column < inputs), row * inputs + column
-    finish_reward(
-        g1, g2, x_ptr, out_ptr, offset, inside, a.to(acc), b.to(acc), RULE, BELOW, SECOND
-    )
+    finish_reward(g1, g2, x_ptr, out_ptr, offset, inside, a.to(acc), b.to(acc), RULE, BELOW, SECOND)
 
 
 @triton.jit
@@ -142,7 +141,8 @@ def _tiles(m: int, n: int, k: int, mode: str) -> Tiles:
     """Two sums a tile, so no more than half of what a plain product has; k is in one part."""
     tile = tiles(m, n, k, mode, heavy=True)
     least = min(tile.m, 32)
-    return tile._replace(m=least, splits=1, warps=4 if least * tile.n > 256 else 1)
+    warps = 8 if least * tile.n >= 2048 else 4 if least * tile.n > 256 else 1
+    return tile._replace(m=least, splits=1, warps=warps)
 
 
 def redistribute_split(
@@ -175,7 +175,7 @@ def redistribute_split(
         launch(
             signals_kernel, tile.programs(rows, outputs), x, x, weight, x if bias is None else bias,
             reward, z, u, v, rows, inputs, outputs, rule.stabilizer, a, b, BIAS=bias is not None,
-            **meta, **tile.options(),
+            **meta, **split_options(tile),
         )  # fmt: skip
     input_reward = weight_feedback = bias_feedback = None
     if need[0]:
@@ -185,7 +185,7 @@ def redistribute_split(
             launch(
                 split_input_kernel, tile.programs(rows, inputs), x, x, weight, u, v, input_reward,
                 rows, inputs, outputs, a, b, BELOW=below_code(call.below), **meta,
-                **tile.options(),
+                **split_options(tile),
             )  # fmt: skip
     if need[1]:
         if weight_update is None:
@@ -198,7 +198,7 @@ def redistribute_split(
                 *states_of(weight_update, weight), rows, inputs, outputs, a, b,
                 *(NO_HYPER if weight_update is None else weight_update.hyper),
                 OPTIMIZER=FEEDBACK.value if weight_update is None else weight_update.code,
-                **meta, **tile.options(),
+                **meta, **split_options(tile),
             )  # fmt: skip
     if need[2] and bias is not None:
         bias_feedback = split_bias(u, None if v is u else v, bias, rule, bias_update)
