@@ -23,9 +23,6 @@ from . import _library
 ORDER = ("native", "triton", "reference")
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
-# Codes of the rules that every backend of every op has: epsilon and the gradient.
-EVERYWHERE = frozenset({0x0000, 0x1101})
-
 _implementations: dict[str, dict[str, Implementation]] = {}
 _warned: set[str] = set()
 _triton_reason: list[str | None] = []  # of why_no_triton, once it was asked
@@ -104,7 +101,7 @@ def supports(
         reason = why_no_triton()
     elif implementation.needs == "native":
         reason = _library.why_not_usable(device)
-    if reason is None and rule is not None and rule.code not in EVERYWHERE:
+    if reason is None and rule is not None:
         why_not_rule = getattr(implementation.load(), "why_not_rule", None)
         reason = None if why_not_rule is None else why_not_rule(rule)
     return reason

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..rules import Gradient
 from .base import WEIGHTED
-from .feedback import BUFFER, AlignmentComposite, fan_in
+from .feedback import BUFFER, AlignmentComposite
 
 VARIANTS = ("dfa", "sdfa", "drtp")
 CONVS = ("flat", "broadcast")
@@ -147,9 +147,8 @@ class DirectComposite(AlignmentComposite):
             self._chosen[id(module)] = name
             held = getattr(module, BUFFER, None)
             if self._broadcasts(module):
-                weight: Tensor = module.weight
-                like = weight.new_empty((outputs, module.in_channels, *module.kernel_size))
-                self.register(module, like, generator)
+                shape = (outputs, module.in_channels, *module.kernel_size)
+                self.register(module, shape, generator)
                 continue
             size = sizes.get(id(module), 0 if held is None else held.shape[-1])
             if not size:
@@ -157,8 +156,7 @@ class DirectComposite(AlignmentComposite):
                     f"{type(self).__name__}: layer {name!r} ({type(module).__name__}): its number "
                     "of inputs is not known; call composite.prepare(model, x) with an input first"
                 )
-            layer: Any = module
-            self.register(module, layer.weight.new_empty((outputs, size), device="meta"), generator)
+            self.register(module, (outputs, size), generator)
 
     def _broadcasts(self, module: nn.Module) -> bool:
         return False
@@ -188,24 +186,6 @@ class DirectComposite(AlignmentComposite):
             for module, mode in training.items():
                 module.training = mode
         return sizes
-
-    def register(self, module: Any, like: Tensor, generator: torch.Generator) -> None:
-        if getattr(module, BUFFER, None) is not None:
-            return
-        weight: Tensor = module.weight
-        values = torch.empty(like.shape, dtype=torch.float32)
-        if self.init is None:
-            bound = self.bound(weight, values)
-            values.uniform_(-bound, bound, generator=generator)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-                self.init(values)
-        module.register_buffer(BUFFER, values.to(weight.device, weight.dtype))
-
-    def bound(self, weight: Tensor, matrix: Tensor) -> float:
-        """Of the uniform law of the matrix [C, I]: the weight's own, ``1 / sqrt(fan_in)``."""
-        return 1 / math.sqrt(fan_in(weight))
 
 
 class DirectFeedbackAlignment(DirectComposite):

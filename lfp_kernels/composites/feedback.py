@@ -16,8 +16,9 @@ first author of arXiv 2304.01406, since that paper's text was not at hand.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,23 +99,25 @@ class AlignmentComposite(Composite):
         for name, module in self.layers_of(model):
             self._chosen[id(module)] = name
             if self.needs_buffer:
-                self.register(module, module.weight, generator)
+                self.register(module, module.weight.shape, generator)
 
     @property
     def needs_buffer(self) -> bool:
         return self.layer_rule.takes_matrix
 
-    def register(self, module: Any, like: Tensor, generator: torch.Generator) -> None:
-        values = torch.empty(like.shape, dtype=torch.float32)
+    def register(self, module: Any, shape: Sequence[int], generator: torch.Generator) -> None:
+        """Draw a matrix of that shape for ``module``; one that it has already stays."""
+        weight: Tensor = module.weight
+        values = torch.empty(*shape, dtype=torch.float32)
         if self.init is None:
-            bound = 1 / math.sqrt(fan_in(values))
+            bound = 1 / math.sqrt(fan_in(weight))
             values.uniform_(-bound, bound, generator=generator)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
                 self.init(values)
         if getattr(module, BUFFER, None) is None:
-            module.register_buffer(BUFFER, values.to(like.device, like.dtype))
+            module.register_buffer(BUFFER, values.to(weight.device, weight.dtype))
 
     def remove(self, model: nn.Module) -> None:
         """Take the feedback matrices off ``model`` again."""
@@ -129,6 +132,11 @@ class AlignmentComposite(Composite):
         if self.shape_is_weight and id(module) in self._chosen:
             return getattr(module, BUFFER, None)
         return None
+
+    def rule_now(self, rule: Rule) -> Rule:
+        if isinstance(rule, (RandomSignFeedback, NoisyFeedback)):
+            return dataclasses.replace(rule, seed=self.next_seed())
+        return rule
 
     def next_seed(self) -> int:
         """A key that no earlier pass of this composite had."""
@@ -195,11 +203,6 @@ class BatchSignSymmetry(AlignmentComposite):
             return RandomSignFeedback(1 / math.sqrt(fan_in(weight)))
         return rule
 
-    def rule_now(self, rule: Rule) -> Rule:
-        if isinstance(rule, RandomSignFeedback):
-            return RandomSignFeedback(rule.bound, self.next_seed())
-        return rule
-
 
 class NoisyFeedbackAlignment(AlignmentComposite):
     """NFA: fixed B plus fresh uniform noise in every backward pass (arXiv 2304.01406, from its
@@ -212,11 +215,6 @@ class NoisyFeedbackAlignment(AlignmentComposite):
 
     def __init__(self, amplitude: float = 1e-3, *, scope: str = "last", **options: Any) -> None:
         super().__init__(NoisyFeedback(amplitude), scope=scope, **options)
-
-    def rule_now(self, rule: Rule) -> Rule:
-        if isinstance(rule, NoisyFeedback):
-            return NoisyFeedback(rule.amplitude, self.next_seed())
-        return rule
 
 
 class KolenPollack(AlignmentComposite):
@@ -232,8 +230,8 @@ class KolenPollack(AlignmentComposite):
     def __init__(self, **options: Any) -> None:
         super().__init__(FixedFeedback(), **options)
 
-    def register(self, module: Any, like: Tensor, generator: torch.Generator) -> None:
-        super().register(module, like, generator)
+    def register(self, module: Any, shape: Sequence[int], generator: torch.Generator) -> None:
+        super().register(module, shape, generator)
         held = getattr(module, BUFFER)
         if not isinstance(held, nn.Parameter):
             delattr(module, BUFFER)

@@ -150,7 +150,13 @@ class Rule:
     @property
     def has_plain_form(self) -> bool:
         """Whether functions without a weight matrix (norms, pools, sums) have this rule."""
-        return not self.split and self.code in (0, int(Prologue.ZERO), 0x1101)
+        functions = (self.prologue_code, self.input_code, self.weight_code)
+        own = self.split or self.matrix_code != Matrix.WEIGHT
+        return not own and functions in (
+            (Prologue.DIVIDE, InputEpilogue.TIMES_INPUT, WeightEpilogue.MAGNITUDE),
+            (Prologue.ZERO, InputEpilogue.TIMES_INPUT, WeightEpilogue.MAGNITUDE),
+            (Prologue.IDENTITY, InputEpilogue.IDENTITY, WeightEpilogue.IDENTITY),
+        )
 
     @property
     def is_epsilon_but_for_its_prologue(self) -> bool:
