@@ -48,31 +48,7 @@ struct MadeOperand {
 
 // s = prologue(r, z), in the core's own packs.
 template <class T>
-struct PlainSignal {
-  static constexpr bool kAlongK = true;
-  static constexpr int kWidth = kRunOf<T>;
-  struct Raw {
-    Pack<T, kWidth> reward, z;
-  };
-  const T *reward, *z;
-  int64_t rows, cols;
-  bool wide;
-  RuleCall<Acc<T>> rule;
-
-  __device__ __forceinline__ Raw fetch(int64_t row, int64_t col) const {
-    Raw raw;
-    raw.reward = fetch_pack<T, kWidth>(reward, rows, cols, row, col, wide);
-    if (!rule.signal_in) raw.z = fetch_pack<T, kWidth>(z, rows, cols, row, col, wide);
-    return raw;
-  }
-  __device__ __forceinline__ void convert(const Raw& raw, Acc<T> (&out)[kWidth]) const {
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      const auto r = static_cast<Acc<T>>(raw.reward.value[j]);
-      out[j] = rule.signal_in ? r : rule.prologue(r, static_cast<Acc<T>>(raw.z.value[j]));
-    }
-  }
-};
+using PlainSignal = SignalOperand<T, true, kRunOf<T>>;
 
 // A part of x or W. Outside of the matrix it is 0, which is not the part of 0.
 template <class T, bool kAlong>

@@ -45,11 +45,11 @@ struct MatrixOperand {
 };
 
 // s = prologue(r, z), formed on the way into shared memory and never stored. Outside of the matrix
-// r is 0, and so is s: stab(0) = eps > 0.
-template <class T, bool kAlong>
+// r is 0, and so is s: stab(0) = eps > 0. kPack: elements read together.
+template <class T, bool kAlong, int kPack = kWide<T>>
 struct SignalOperand {
   static constexpr bool kAlongK = kAlong;
-  static constexpr int kWidth = kWide<T>;
+  static constexpr int kWidth = kPack;
   struct Raw {
     Pack<T, kWidth> reward, z;
   };
@@ -60,8 +60,8 @@ struct SignalOperand {
 
   __device__ __forceinline__ Raw fetch(int64_t row, int64_t col) const {
     Raw raw;
-    raw.reward = fetch_pack(reward, rows, cols, row, col, wide);
-    if (!rule.signal_in) raw.z = fetch_pack(z, rows, cols, row, col, wide);
+    raw.reward = fetch_pack<T, kWidth>(reward, rows, cols, row, col, wide);
+    if (!rule.signal_in) raw.z = fetch_pack<T, kWidth>(z, rows, cols, row, col, wide);
     return raw;
   }
   __device__ __forceinline__ void convert(const Raw& raw, Acc<T> (&out)[kWidth]) const {
