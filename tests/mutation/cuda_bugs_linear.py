@@ -62,7 +62,11 @@ OPERAND = plant(
     ("stride", "? p[row * cols + col + j]", "? p[row * cols + col]"),
     ("alignment", "return cols % kWide<T> == 0;", "return true;"),
     ("prologue", "out[j] = rule.signal_in ? r : rule.prologue(", "out[j] = rule.prologue("),
-    ("argument", "raw.z = fetch_pack(z, rows,", "raw.z = fetch_pack(reward, rows,"),
+    (
+        "argument",
+        "raw.z = fetch_pack<T, kWidth>(z, rows,",
+        "raw.z = fetch_pack<T, kWidth>(reward, rows,",
+    ),
     (
         "alignment",
         "return {p, rows, cols, allows_packs<T>(cols) && aligned16(p)};",
