@@ -7,102 +7,48 @@ from __future__ import annotations
 import conv_cases
 import pytest
 import torch
-from linear_cases import DTYPES, SPECS, case, run, updates
+from linear_cases import DTYPES, SPECS, updates
+from rule_cases import (
+    ALL,
+    RULES,
+    arguments,
+    check_conv,
+    check_conv_update,
+    check_derivative,
+    check_linear,
+    check_linear_update,
+)  # fmt: skip
 
 from lfp_kernels import functional as F
 from lfp_kernels import rules, use_backend
-from lfp_kernels.testing import assert_within_budget, poisoned_empty
 
 pytestmark = pytest.mark.gpusim
 
-OPTIONS: dict[str, dict[str, float]] = {
-    "noisy_feedback": {"amplitude": 2.0, "seed": 2**33 + 5},
-    "random_sign_feedback": {"bound": 2.0, "seed": 2**33 + 5},
-    "sign_feedback": {"scale": 0.3},
-    "gamma": {"gamma": 2.0},
-    "alpha_beta": {"alpha": 2.5, "beta": 1.5},
-    "zbox": {"low": -3.0, "high": 3.0},
-}
-RULES = [
-    pytest.param(cls(**({"eps": 0.01} if hasattr(cls(), "eps") else {}), **OPTIONS.get(name, {})),
-                 id=name)
-    for name, cls in rules.REGISTRY.items()
-]  # fmt: skip
 # Packs and none, one tile and several, a sum long enough to be split over blocks.
 SHAPES = ((7, 13, 9), (70, 68, 132), (3, 600, 20))
-
-
-def arguments(rule, shape, dtype, nonnegative=False):
-    n, n_in, n_out = shape
-    x, weight, bias, _, reward = case((n,), n_in, n_out, dtype)
-    x = x.relu() if nonnegative else x
-    z = torch.nn.functional.linear(x, weight, bias)
-    z = z + torch.where(z < 0, -0.5, 0.5).to(dtype)  # away from the jumps at 0
-    g = torch.Generator().manual_seed(9)
-    given = torch.randn(weight.shape, generator=g, dtype=torch.float64).to(dtype)
-    return (x, weight, bias, z, reward), (given if rule.takes_matrix else None)
-
-
-def wide(tensors):
-    return [None if t is None else t.double() for t in tensors]
-
-
-def check(got, same, truth) -> None:
-    for name, a, b, c in zip(("input", "weight", "bias"), got, same, truth):
-        assert (a is None) == (b is None) == (c is None), name
-        if a is None:
-            continue
-        if a.dtype == torch.float64:  # the reference is the truth
-            torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-10 * float(c.abs().max()))
-        else:
-            assert_within_budget(a, b, c, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_linear(rule, shape, dtype) -> None:
-    for nonnegative in (False, True) if rule.split else (False,):
-        args, given = arguments(rule, shape, dtype, nonnegative)
-        options = {"need": (rule.has_input, True, True), "nonnegative": nonnegative}
-        with poisoned_empty():
-            got = run("native", *args, rule, matrix=given, **options)
-        same = run("reference", *args, rule, matrix=given, **options)
-        (matrix,) = wide([given])
-        check(got, same, run("reference", *wide(args), rule, matrix=matrix, **options))
+    check_linear(rule, shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_linear_update(rule, dtype) -> None:
-    """The input reward is that of the old weight, whose signs decide for every launch."""
-    args, given = arguments(rule, (7, 40, 9), dtype)
-    results = []
-    for backend, kind in (("native", dtype), ("reference", dtype), ("reference", torch.float64)):
-        x, w, b, z, reward = (t.to(kind, copy=True) for t in args)
-        _, to_w, to_b = updates(SPECS[1], w, b)
-        matrix = None if given is None else given.to(kind)
-        with use_backend(backend):
-            input_reward = F.linear_redistribute_update(
-                x, w, b, z, reward, to_w, to_b, rule, matrix=matrix, need_input=rule.has_input
-            )
-        results.append((input_reward, w, b))
-    check(*results)
+    check_linear_update(rule, dtype)
 
 
 @pytest.mark.parametrize("function", rules.DERIVATIVES)
 @pytest.mark.parametrize("name", ["feedback", "random_sign_feedback", "epsilon", "alpha_beta"])
 def test_derivative_of_the_activation_below(name, function) -> None:
-    rule = rules.REGISTRY[name]()
-    args, given = arguments(rule, (7, 13, 9), torch.float64)
-    below = rules.DERIVATIVES[function]
-    got = run("native", *args, rule, matrix=given, below=below)
-    want = run("reference", *args, rule, matrix=given, below=below)
-    check(got, want, want)
+    check_derivative(ALL[name], function)
 
 
 def test_a_frozen_bias_counts() -> None:
-    rule = rules.REGISTRY["zplus"]()
+    rule = ALL["zplus"]
     (x, weight, bias, z, reward), _ = arguments(rule, (7, 13, 9), torch.float64)
     found = []
     for backend in ("native", "reference"):
@@ -115,49 +61,10 @@ def test_a_frozen_bias_counts() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
 
 
-# ---- convolutions
-
-
-def output_of(x, weight, bias, geometry):
-    """The layer's own output, whose sign tells with gamma which denominator is well conditioned,
-    away from the jumps at 0."""
-    z = conv_cases.forward(x.double(), weight.double(), bias.double(), geometry)
-    return (z + torch.where(z < 0, -0.5, 0.5)).to(x.dtype)
-
-
-def conv_arguments(rule, name, dtype, last=False):
-    x, weight, bias, _, reward, geometry = conv_cases.layer(name)
-    given = torch.randn(weight.shape, generator=torch.Generator().manual_seed(9)).double()
-    given = given.to(dtype) if rule.takes_matrix else None
-    x, weight, bias, reward = (t.to(dtype) for t in (x, weight, bias, reward))
-    tensors = [x, weight, bias, output_of(x, weight, bias, geometry), reward]
-    if last:
-        tensors[0], tensors[3], tensors[4] = conv_cases.channels_last(
-            tensors[0], tensors[3], tensors[4]
-        )
-    return tensors, geometry, given
-
-
-def redistribute_conv(backend, tensors, geometry, rule, given, **options):
-    with use_backend(backend):
-        return F.conv_redistribute(
-            *tensors, geometry, rule, matrix=given, need=(rule.has_input, True, True), **options
-        )
-
-
-def check_conv(rule, name, dtype, last=False) -> None:
-    tensors, geometry, given = conv_arguments(rule, name, dtype, last)
-    with poisoned_empty():
-        got = redistribute_conv("native", tensors, geometry, rule, given)
-    same = redistribute_conv("reference", tensors, geometry, rule, given)
-    (matrix,) = wide([given])
-    check(got, same, redistribute_conv("reference", wide(tensors), geometry, rule, matrix))
-
-
 @pytest.mark.parametrize("name", conv_cases.CASES)
 @pytest.mark.parametrize("rule", ["random_sign_feedback", "alpha_beta", "zbox"])
 def test_every_kind_of_convolution(rule, name) -> None:
-    check_conv(next(p.values[0] for p in RULES if p.id == rule), name, torch.float64)
+    check_conv(ALL[rule], name, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -171,16 +78,4 @@ def test_convolution(rule, last, dtype) -> None:
 @pytest.mark.parametrize("last", [False, True], ids=["plain", "channels_last"])
 @pytest.mark.parametrize("rule", RULES)
 def test_convolution_update(rule, last) -> None:
-    results = []
-    for backend in ("native", "reference"):
-        (x, w, b, z, reward), geometry, given = conv_arguments(rule, "2d-odd", torch.float64, last)
-        to_w, to_b = conv_cases.update_for(w, 1), conv_cases.update_for(b, 1)
-        for state in (*to_w.states, *to_b.states):
-            state.fill_(0.5)
-        with use_backend(backend):
-            input_reward = F.conv_redistribute_update(
-                x, w, b, z, reward, geometry, to_w, to_b, rule, matrix=given,
-                need_input=rule.has_input,
-            )  # fmt: skip
-        results.append((input_reward, w, b))
-    check(*results, results[1])
+    check_conv_update(rule, last)
