@@ -298,19 +298,7 @@ struct KernelPairs {
   __device__ __forceinline__ void select(int64_t part) { group = part; }
   template <int V>
   __device__ __forceinline__ void operator()(int64_t m, int64_t n, Acc<T> (&f)[V]) const {
-    const int64_t columns = int64_t(taps) * by_channels.divisor;
-    const int64_t line = (group * rows + m) * columns;
-    Run<V> run{{}, together};
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      int64_t at = n + k;
-      if (tap_major) {
-        const uint32_t tap = by_channels.divide(static_cast<uint32_t>(at));
-        at = (at - int64_t(tap) * by_channels.divisor) * taps + tap;
-      }
-      run.at[k] = n + k < columns ? line + at : -1;
-    }
-    sums.finish(run, 0, f);
+    sums.finish(kernel_run<V>(*this, m, n), 0, f);
   }
   __device__ __forceinline__ void row_sum(int64_t, Acc<T>) const {}
 };

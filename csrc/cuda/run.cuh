@@ -49,4 +49,23 @@ __device__ __forceinline__ void take_feedback(const ParameterUpdate<T>& to, cons
   if (to.optimizer == kAdamW) run.store_to(to.state_b, b);
 }
 
+// The weights of small channel m of f's group from index n on: (large channel, tap), or with
+// tap_major (tap, large channel).
+template <int V, class F>
+__device__ __forceinline__ Run<V> kernel_run(const F& f, int64_t m, int64_t n) {
+  const int64_t columns = int64_t(f.taps) * f.by_channels.divisor;
+  const int64_t line = (f.group * f.rows + m) * columns;
+  Run<V> run{{}, f.together};
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    int64_t at = n + k;
+    if (f.tap_major) {
+      const uint32_t tap = f.by_channels.divide(static_cast<uint32_t>(at));
+      at = (at - int64_t(tap) * f.by_channels.divisor) * f.taps + tap;
+    }
+    run.at[k] = n + k < columns ? line + at : -1;
+  }
+  return run;
+}
+
 }  // namespace lfp::cuda

@@ -59,8 +59,6 @@ EPILOGUE = plant(
         "at < 0 ? -1 : at + channel * strides.channel;",
         "at < 0 ? -1 : at + m * strides.channel;",
     ),
-    ("stride", "by_channels.divisor) * taps + tap;", "by_channels.divisor) * taps;"),
-    ("mask", "n + k < columns ? line + at : -1;", "line + at;"),
     ("offset", "{{group * rows + m}, false}", "{{m}, false}"),
     (
         "epilogue factor",
@@ -77,6 +75,8 @@ RUN = plant(
     ("state not read", "  if (to.optimizer == kAdamW) run.load_from(to.state_b, b);\n", ""),
     ("state not written", "  if (to.optimizer == kAdamW) run.store_to(to.state_b, b);\n", ""),
     ("state not written", "  if (to.optimizer != kSgd) run.store_to(to.state_a, a);\n", ""),
+    ("stride", "by_channels.divisor) * f.taps + tap;", "by_channels.divisor) * f.taps;"),
+    ("mask", "n + k < columns ? line + at : -1;", "line + at;"),
 )
 
 DIRECT = plant(

@@ -85,7 +85,6 @@ CONV_OPERAND = plant(
         "n + k < channels ? pixel + (channel + k) * strides.channel : -1;",
         "pixel + (channel + k) * strides.channel;",
     ),
-    ("stride", "by_channels.divisor) * taps + tap;", "by_channels.divisor) * taps;"),
     ("mask", "return tap.valid && row < targets ? line", "return tap.valid ? line"),
     ("padding", "raw.z.value[j] = T(1.f);", "raw.reward.value[j] = raw.z.value[j] = T(1.f);"),
     ("offset", "draw(at, rule.params.seed, one);", "draw(at + 1, rule.params.seed, one);"),
