@@ -1,7 +1,19 @@
 """One folder per op: schema and fake in ``__init__``, backends as peers beside it."""
 
 from .. import _library
-from . import activation, alignment, batch_norm, combine, conv, direct, linear, pool, reward, update
+from . import (
+    activation,
+    alignment,
+    batch_norm,
+    combine,
+    conv,
+    direct,
+    linear,
+    pool,
+    reward,
+    spiking,
+    update,
+)
 
 __all__ = [
     "activation",
@@ -13,6 +25,7 @@ __all__ = [
     "linear",
     "pool",
     "reward",
+    "spiking",
     "update",
 ]
 

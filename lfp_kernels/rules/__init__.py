@@ -19,6 +19,7 @@ from .base import (
     accumulate_dtype,
     finish_below,
     finish_input,
+    philox,
     run_params,
     stabilize,
     uniform,

@@ -346,14 +346,9 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
 
-def uniform(like: Tensor, seed: int) -> Tensor:
-    """U[0,1) of the shape of ``like``: Philox4x32-10 (Salmon et al. 2011), one draw per element.
-
-    Key = the two halves of ``seed``; counter = (index / 4 as two halves, 0, 0); word ``index % 4``
-    gives its upper 24 bits. The index runs over the elements of the contiguous tensor.
-    """
-    index = torch.arange(like.numel(), dtype=torch.int64)
-    block = torch.arange(-(-like.numel() // 4), dtype=torch.int64)
+def philox(block: Tensor, seed: int) -> Tensor:
+    """Four 32-bit words [len(block), 4] for each counter, as int64: Philox4x32-10 (Salmon et al.
+    2011). Key = the two halves of ``seed``; counter = (the two halves of the block, 0, 0)."""
     c = [block & _MASK, block >> 32, torch.zeros_like(block), torch.zeros_like(block)]
     key = [seed & _MASK, (seed >> 32) & _MASK]
 
@@ -368,6 +363,12 @@ def uniform(like: Tensor, seed: int) -> Tensor:
         high1, low1 = product(_MULTIPLIERS[1], c[2])
         c = [high1 ^ c[1] ^ key[0], low1, high0 ^ c[3] ^ key[1], low0]
         key = [(k + w) & _MASK for k, w in zip(key, _WEYL)]
-    words = torch.stack(c, 1).flatten()[index]
+    return torch.stack(c, 1)
+
+
+def uniform(like: Tensor, seed: int) -> Tensor:
+    """U[0,1) of the shape of ``like``, one draw per element of the contiguous tensor: the upper 24
+    bits of word ``index % 4`` of :func:`philox` block ``index / 4``."""
+    words = philox(torch.arange(-(-like.numel() // 4)), seed).flatten()[: like.numel()]
     draws = (words >> 8).to(torch.float64) * 2.0**-24
     return draws.to(device=like.device, dtype=accumulate_dtype(like.dtype)).reshape(like.shape)

@@ -1,0 +1,275 @@
+// Scans of spiking neurons over time, packed spikes, and noise (docs/math.md, section 6).
+//
+// A tile of neurons goes through all time steps with its state in registers or the nearest cache:
+// currents and rewards are read once, the membrane is written once, spikes leave as bits.
+#include <array>
+#include <cmath>
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=off")  // see neuron.h
+#endif
+
+#include "../neuron.h"
+#include "loops.h"
+
+namespace lfp::cpu {
+namespace {
+
+constexpr int64_t kTile = 128;  // neurons
+
+template <class A>
+struct Values {
+  std::array<A, kTile> beta, threshold;
+};
+
+// beta and threshold of the neurons m .. m + count - 1.
+template <class T>
+Values<Acc<T>> parameters_of(const Tensor& beta, const Tensor& threshold, int64_t inner, int64_t m,
+                             int64_t count) {
+  Values<Acc<T>> v;
+  const auto fill = [&](const Tensor& from, auto& to) {
+    const int64_t channels = from.numel();
+    const T* p = data<T>(from);
+    for (int64_t i = 0; i < count; ++i)
+      to[i] = load(p, channels == 1 ? 0 : ((m + i) / inner) % channels);
+  };
+  fill(beta, v.beta);
+  fill(threshold, v.threshold);
+  return v;
+}
+
+// One step of a tile: u becomes the membrane after it; spikes are set in bit `shift` of `bits`.
+template <class T, class N>
+LFP_CLONES void forward_step(const T* current, const Values<Acc<T>>& v, int64_t count, int shift,
+                             Acc<T>* u, uint8_t* bits, T* membrane) {
+  using A = Acc<T>;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    const N neuron{v.beta[i], v.threshold[i]};
+    bool spike;
+    const A after = static_cast<A>(static_cast<T>(neuron.step(u[i], load(current, i), spike)));
+    u[i] = after;
+    if (membrane) membrane[i] = static_cast<T>(after);
+    if constexpr (!std::is_same_v<N, Neuron<A, Reset::kSubtractAtOnce>>)
+      spike = neuron.fires(after);
+    bits[i] |= static_cast<uint8_t>(static_cast<int>(spike) << shift);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> lif_forward(Tensor current, std::optional<Tensor> state,
+                                               Tensor beta, Tensor threshold, int64_t inner,
+                                               int64_t steps, int64_t reset, bool keep) {
+  current = dense(current), beta = dense(beta), threshold = dense(threshold);
+  const int64_t neurons = current.size(1), planes = (steps + kPlane - 1) / kPlane;
+  const bool moves = current.size(0) == steps;
+  Tensor bits = torch::stable::new_empty(current, {planes, neurons}, ScalarType::Byte);
+  Tensor membrane = keep ? empty_like(current, {steps, neurons}) : none_like(current);
+  Tensor last = empty_like(current, {neurons});
+  if (state) state = dense(*state);
+  dispatch_dtype(current.scalar_type(), "lif_forward", [&](auto element) {
+    using T = decltype(element);
+    using A = Acc<T>;
+    const bool known = dispatch_reset<A>(reset, [&](auto kind) {
+      using N = decltype(kind);
+      const T* from = data<T>(current);
+      const T* before = state ? data<T>(*state) : nullptr;
+      uint8_t* to = data<uint8_t>(bits);
+      T* kept = keep ? data<T>(membrane) : nullptr;
+      T* end = data<T>(last);
+      parallel_items((neurons + kTile - 1) / kTile, kTile * steps, [&](int64_t a, int64_t b) {
+        for (int64_t tile = a; tile < b; ++tile) {
+          const int64_t m = tile * kTile, count = std::min(kTile, neurons - m);
+          const auto v = parameters_of<T>(beta, threshold, inner, m, count);
+          std::array<A, kTile> u{};
+          if (before)
+            for (int64_t i = 0; i < count; ++i) u[i] = load(before, m + i);
+          for (int64_t plane = 0; plane < planes; ++plane) {
+            std::array<uint8_t, kTile> packed{};
+            const int64_t stop = std::min<int64_t>(steps, (plane + 1) * kPlane);
+            for (int64_t t = plane * kPlane; t < stop; ++t)
+              forward_step<T, N>(from + (moves ? t * neurons : 0) + m, v, count,
+                                 static_cast<int>(t % kPlane), u.data(), packed.data(),
+                                 kept ? kept + t * neurons + m : nullptr);
+            std::copy_n(packed.begin(), count, to + plane * neurons + m);
+          }
+          for (int64_t i = 0; i < count; ++i) store(end, m + i, u[i]);
+        }
+      });
+    });
+    LFP_CHECK(known, "lif_forward", "unknown reset code ", reset);
+  });
+  return {bits, membrane, last};
+}
+
+// What the backward scan of a tile carries from step to step, and what a step leaves behind.
+template <class A>
+struct Backward {
+  std::array<A, kTile> carry{}, total{}, beta{}, threshold{};
+  std::array<A, kTile> signal, current, entering, resets;
+};
+
+template <class T, class N>
+LFP_CLONES void feedback_step(const T* reward, const T* membrane, const T* before,
+                              const uint8_t* bits, int shift, const Values<Acc<T>>& v, Acc<T> eps,
+                              int64_t count, Backward<Acc<T>>& b) {
+  using A = Acc<T>;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    const N neuron{v.beta[i], v.threshold[i]};
+    const auto f = neuron.feedback(load(reward, i), b.carry[i], load(membrane, i), load(before, i),
+                                   (bits[i] >> shift) & 1, eps);
+    b.carry[i] = f.carry;
+    b.signal[i] = f.signal;
+    b.current[i] = f.current;
+    b.entering[i] = f.entering;
+    b.resets[i] = f.resets ? A(2) : A(1);
+  }
+}
+
+// Signals or rewards of the step: added to the tile's sum over time, or stored.
+template <class T>
+LFP_CLONES void hand_on(bool sums, bool as_reward, int64_t count, Backward<Acc<T>>& b, T* signal) {
+  if (as_reward)
+    for (int64_t i = 0; i < count; ++i) b.signal[i] *= b.current[i];
+  if (sums)
+    for (int64_t i = 0; i < count; ++i) b.total[i] += b.signal[i];
+  else
+    for (int64_t i = 0; i < count; ++i) store(signal, i, b.signal[i]);
+}
+
+template <class A>
+LFP_CLONES void add_parameters(int64_t count, Backward<A>& b) {
+  for (int64_t i = 0; i < count; ++i) {
+    b.beta[i] += b.entering[i] * b.signal[i];
+    b.threshold[i] -= b.signal[i] * b.resets[i];
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lif_feedback(
+    Tensor reward, Tensor membrane, Tensor bits, std::optional<Tensor> state,
+    std::optional<Tensor> carry, Tensor beta, Tensor threshold, int64_t inner, double eps,
+    int64_t reset, bool sums, bool as_reward, bool need_parameters) {
+  reward = dense(reward), membrane = dense(membrane), bits = dense(bits);
+  beta = dense(beta), threshold = dense(threshold);
+  if (state) state = dense(*state);
+  if (carry) carry = dense(*carry);
+  const int64_t steps = reward.size(0), neurons = reward.size(1);
+  Tensor signal = empty_like(reward, {sums ? 1 : steps, neurons});
+  Tensor carried = empty_like(reward, {neurons});
+  Tensor beta_sum = empty_like(reward, {need_parameters ? neurons : 0});
+  Tensor threshold_sum = empty_like(reward, {need_parameters ? neurons : 0});
+  dispatch_dtype(reward.scalar_type(), "lif_feedback", [&](auto element) {
+    using T = decltype(element);
+    using A = Acc<T>;
+    const bool known = dispatch_reset<A>(reset, [&](auto kind) {
+      using N = decltype(kind);
+      const T *r = data<T>(reward), *u = data<T>(membrane);
+      const T* first = state ? data<T>(*state) : nullptr;
+      const T* m0 = carry ? data<T>(*carry) : nullptr;
+      const uint8_t* spikes = data<uint8_t>(bits);
+      T *to = data<T>(signal), *end = data<T>(carried);
+      T *beta_to = data<T>(beta_sum), *threshold_to = data<T>(threshold_sum);
+      const std::array<T, kTile> rest{};  // the membrane before the first step
+      parallel_items((neurons + kTile - 1) / kTile, kTile * steps, [&](int64_t a, int64_t b) {
+        for (int64_t tile = a; tile < b; ++tile) {
+          const int64_t m = tile * kTile, count = std::min(kTile, neurons - m);
+          const auto v = parameters_of<T>(beta, threshold, inner, m, count);
+          Backward<A> c;
+          if (m0)
+            for (int64_t i = 0; i < count; ++i) c.carry[i] = load(m0, m + i);
+          for (int64_t t = steps - 1; t >= 0; --t) {
+            const int64_t at = t * neurons + m;
+            const T* before = t > 0 ? u + at - neurons : first ? first + m : rest.data();
+            feedback_step<T, N>(r + at, u + at, before, spikes + t / kPlane * neurons + m,
+                                static_cast<int>(t % kPlane), v, A(eps), count, c);
+            if (need_parameters) add_parameters(count, c);
+            hand_on(sums, as_reward, count, c, sums ? to : to + at);
+          }
+          for (int64_t i = 0; i < count; ++i) {
+            store(end, m + i, c.carry[i]);
+            if (sums) store(to, m + i, c.total[i]);
+            if (need_parameters) {
+              store(beta_to, m + i, c.beta[i]);
+              store(threshold_to, m + i, c.threshold[i]);
+            }
+          }
+        }
+      });
+    });
+    LFP_CHECK(known, "lif_feedback", "unknown reset code ", reset);
+  });
+  return {signal, carried, beta_sum, threshold_sum};
+}
+
+template <class T>
+void noisy_loop(const T* from, int64_t begin, int64_t end, Acc<T> noise, uint64_t seed,
+                int64_t index, T* to) {
+  using A = Acc<T>;
+  for (int64_t i = begin; i < end; ++i)
+    store(to, i, load(from, i) + noise * normal<A>(index + i, seed));
+}
+
+Tensor add_noise(Tensor x, int64_t steps, double noise, int64_t seed, int64_t first) {
+  x = dense(x);
+  const int64_t neurons = x.size(1);
+  const bool moves = x.size(0) == steps;
+  Tensor y = empty_like(x, {steps, neurons});
+  dispatch_dtype(x.scalar_type(), "add_noise", [&](auto element) {
+    using T = decltype(element);
+    const T* from = data<T>(x);
+    T* to = data<T>(y);
+    for (int64_t t = 0; t < steps; ++t) {
+      const T* row = from + (moves ? t * neurons : 0);
+      T* out = to + t * neurons;
+      parallel_items(neurons, 16, [&](int64_t begin, int64_t end) {
+        if (noise == 0)
+          std::copy(row + begin, row + end, out + begin);
+        else
+          noisy_loop<T>(row, begin, end, Acc<T>(noise), static_cast<uint64_t>(seed),
+                        (first + t) * neurons, out);
+      });
+    }
+  });
+  return y;
+}
+
+Tensor spikes_unpack(Tensor bits, int64_t steps, ScalarType dtype, double noise, int64_t seed,
+                     int64_t first) {
+  bits = dense(bits);
+  const int64_t neurons = bits.size(1);
+  Tensor y = torch::stable::new_empty(bits, {steps, neurons}, dtype);
+  dispatch_dtype(dtype, "spikes_unpack", [&](auto element) {
+    using T = decltype(element);
+    using A = Acc<T>;
+    const uint8_t* from = data<uint8_t>(bits);
+    T* to = data<T>(y);
+    for (int64_t t = 0; t < steps; ++t) {
+      const uint8_t* plane = from + t / kPlane * neurons;
+      const int shift = static_cast<int>(t % kPlane);
+      T* out = to + t * neurons;
+      if (noise == 0) {
+        parallel_loop(neurons, [=](int64_t i) { store(out, i, A((plane[i] >> shift) & 1)); });
+        continue;
+      }
+      const int64_t index = (first + t) * neurons;
+      const A scale = A(noise);
+      parallel_items(neurons, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          store(out, i,
+                A((plane[i] >> shift) & 1) +
+                    scale * normal<A>(index + i, static_cast<uint64_t>(seed)));
+      });
+    }
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace lfp::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(lfp_kernels, CPU, m) {
+  m.impl("lif_forward", TORCH_BOX(&lfp::cpu::lif_forward));
+  m.impl("lif_feedback", TORCH_BOX(&lfp::cpu::lif_feedback));
+  m.impl("spikes_unpack", TORCH_BOX(&lfp::cpu::spikes_unpack));
+  m.impl("add_noise", TORCH_BOX(&lfp::cpu::add_noise));
+}
