@@ -269,6 +269,27 @@ class DropoutReward(torch.autograd.Function):
         return F.dropout_redistribute(reward, mask, ctx.p, conserving=True), None
 
 
+class SpikingReward(torch.autograd.Function):
+    """A spiking network as one function: its rewards are scanned backwards over time.
+
+    ``stage`` is the one of the fused way (fused/spiking.py); here its feedback becomes ``.grad``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stage: Any, *parameters: Tensor):
+        ctx.stage, ctx.parameters = stage, parameters
+        ctx.wants_input = stage.wants_input
+        ctx.run, out = stage.forward_alone(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *rewards: Any):
+        ctx.stage.wants_input = ctx.wants_input
+        first, feedback = ctx.stage.redistribute_alone(ctx.run, rewards[0])
+        return first, None, *(feedback.get(id(p)) for p in ctx.parameters)
+
+
 def _replace(ctx: Any, target: Tensor, value: Tensor) -> Tensor:
     """What an in-place operation does to ``target``, in new storage: saved aliases keep the old."""
     target.data = value

@@ -52,14 +52,17 @@ class Implementation:
         return self.module() if callable(self.module) else self.module
 
 
-def register(op: str, **modules: ModuleType | Callable[[], ModuleType]) -> None:
+def register(op: str, **modules: ModuleType | Callable[[], ModuleType] | Implementation) -> None:
     """Tell the dispatcher which modules implement ``op`` (native=..., reference=...).
 
-    A function in place of a module imports it when it is first chosen, as Triton's need.
+    A function in place of a module imports it when it is first chosen, as Triton's need. An
+    :class:`Implementation` says itself what it can do.
     """
     table = _implementations.setdefault(op, {})
     for backend, module in modules.items():
-        if backend == "native":
+        if isinstance(module, Implementation):
+            table[backend] = module
+        elif backend == "native":
             table[backend] = Implementation(module, frozenset({"cpu", "cuda"}), needs="native")
         elif backend == "triton":
             table[backend] = Implementation(module, frozenset({"cuda"}), needs="triton")
@@ -121,13 +124,14 @@ def use_backend(name: str | None) -> Iterator[None]:
         _requested = before
 
 
-def select(op: str, like: Tensor, rule: Any = None) -> Any:
-    """The implementation module for ``op`` on tensors like ``like``, by ``rule`` if it takes one.
+def select(op: str, like: Tensor, rule: Any = None, *, dtype: torch.dtype | None = None) -> Any:
+    """The implementation module for ``op`` on tensors like ``like``, by ``rule`` if it takes one;
+    ``dtype`` is that of the result where ``like`` holds bits.
 
     Raises:
         RuntimeError: a backend was requested and cannot run this call (its reason is given).
     """
-    device, dtype = like.device.type, like.dtype
+    device, dtype = like.device.type, dtype or like.dtype
     if _requested is not None:
         reason = supports(op, _requested, device, dtype, rule)
         if reason is not None:
@@ -142,6 +146,14 @@ def select(op: str, like: Tensor, rule: Any = None) -> Any:
             return _implementations[op][backend].load()
     table = explain(op, device, dtype, rule)
     raise RuntimeError(f"lfp_kernels: {op}: no backend can run it\n{table}")
+
+
+def selected(op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Name of the backend that would run ``op`` on such tensors, or None."""
+    if op not in _implementations:
+        return None
+    order = ORDER if _requested is None else (_requested,)
+    return next((b for b in order if supports(op, b, device, dtype) is None), None)
 
 
 def _warn_once(op: str, device: str, dtype: torch.dtype, rule: Any) -> None:

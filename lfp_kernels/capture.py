@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from . import autograd
 from .calls import ACTIVATIONS, CONVS, STRUCTURAL, conv_geometry, max_pool_settings, pool_settings
+from .nn.spiking import run as run_spiking
 
 if TYPE_CHECKING:
     from .composites import Attachment
@@ -137,6 +138,13 @@ def _dropout(
     return function(input, p, training)  # the gradient factor mask / (1 - p) acts on the reward
 
 
+def _spiking(at: Attachment, spiking: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+    stage = at.spiking_stage(spiking)
+    stage.wants_input = x.requires_grad
+    learned = [p for p in parameters if p.requires_grad]
+    return autograd.SpikingReward.apply(x, stage, *learned)
+
+
 def _refuse_view(function: Any, x: Tensor) -> None:
     if x._is_view():
         raise ValueError(
@@ -170,6 +178,7 @@ def _table() -> dict[Any, Handler]:
         table[function] = _bind(_scale, operator.truediv)
     for function in (torch.mean, Tensor.mean, torch.sum, Tensor.sum):
         table[function] = _bind(_reduce, function)
+    table[run_spiking] = _spiking
     for function in ACTIVATIONS:
         table[function] = _bind(_activation, function)
     for function in (TF.dropout, TF.dropout1d, TF.dropout2d, TF.dropout3d):
@@ -188,7 +197,9 @@ def _add_in_place(at: Attachment, input: Tensor, other: Any, *, alpha: Any = 1) 
 
 
 TABLE = _table()
-_WEIGHTED = frozenset({TF.linear, *(f for functions in CONVS.values() for f in functions)})
+_ALWAYS = frozenset(
+    {TF.linear, run_spiking, *(f for functions in CONVS.values() for f in functions)}
+)
 # Not differentiable, or linear maps whose transpose is what autograd does with the reward.
 _PLAIN = frozenset(STRUCTURAL)
 
@@ -202,7 +213,7 @@ class RewardMode(TorchFunctionMode):
 
     def _has_handler(self, func: Any) -> bool:
         """What a composite of the feedback-alignment family changes; the rest is autograd's."""
-        return func in _WEIGHTED or (func in ACTIVATIONS and self.attachment.linear)
+        return func in _ALWAYS or (func in ACTIVATIONS and self.attachment.linear)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -37,6 +37,7 @@ class Attachment:
         self.function_rule = composite.function_rule
         self.product_dtype = composite.product_dtype
         self.names_left_out: set[str] = set()
+        self._spiking: dict[nn.Module, Any] = {}
         self.linear = False  # LinBP: activations pass rewards unchanged from here on
         # A parameter's rule is that of the layer that owns it.
         self._rules = {
@@ -44,6 +45,17 @@ class Attachment:
             for name, module in model.named_modules()
             for parameter in module.parameters(recurse=False)
         }
+
+    def spiking_stage(self, spiking: nn.Module) -> Any:
+        """What runs a spiking network of this model, made when it is first called."""
+        from ..fused.spiking import Spiking, prefix_of  # the stages know composites
+
+        if spiking not in self._spiking:
+            prefix = prefix_of(self.model, spiking)
+            stage = Spiking(spiking, self.composite, prefix)  # type: ignore[arg-type]
+            self._spiking[spiking] = stage
+            stage.inputs, stage.output, stage.index = [0], 1, 0
+        return self._spiking[spiking]
 
     def install(self) -> None:
         self._own_forward = self.model.__dict__.get("forward")

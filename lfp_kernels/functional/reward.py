@@ -34,8 +34,8 @@ def reward(
     """The reward ``kind`` of ``out`` [..., C]; ``op`` names the caller in error messages.
 
     Args:
-        y: class labels [...], or values of the shape of ``out`` (binary sigmoid, regression), or
-            None (maximize, minimize).
+        y: class labels [...] (those of a sequence [T, N, C] may be [N]), or values of the shape of
+            ``out`` (binary sigmoid, regression), or None (maximize, minimize).
 
     Returns:
         Tensor of the shape and dtype of ``out``. A NaN logit gives NaN.
@@ -54,7 +54,7 @@ def reward(
         target = None
         _check_neuron(op, neuron, out.shape[-1])
     else:
-        target = _labels(op, y, out.shape[:-1], out)
+        target = _labels(op, _over_time(y, out), out.shape[:-1], out)
     if kind == Kind.BOUNDED_SOFTMAX and not 0 <= low <= high <= 1:
         raise ValueError(f"{op}: low, high: expected 0 <= low <= high <= 1, got {low} and {high}")
     params = [float(low), float(high), float(sign), float(-1 if neuron is None else neuron)]
@@ -69,6 +69,13 @@ def spike_rate_reward(op: str, spikes: Tensor, y: Tensor) -> Tensor:
         raise ValueError(f"{op}: spikes: expected shape [T, N, C], got {tuple(spikes.shape)}")
     labels = _labels(op, y, spikes.shape[1:-1], spikes)
     return select("reward", spikes).spike_rate(spikes, labels)
+
+
+def _over_time(y: Tensor | None, out: Tensor) -> Tensor | None:
+    """Labels [N] of a sequence ``out`` [T, N, C] hold at every step."""
+    if isinstance(y, Tensor) and out.dim() > 2 and y.shape == out.shape[1:-1]:
+        return y.expand(out.shape[:-1])
+    return y
 
 
 def _labels(op: str, y: Tensor | None, shape: Sequence[int], out: Tensor) -> Tensor:
@@ -127,7 +134,7 @@ def loss_reward(op: str, out: Tensor, y: Tensor, values: bool) -> Tensor:
     check.floating(op, "out", out)
     if values:
         return (_values(op, out, y) - out) * (2.0 / max(out.numel(), 1))
-    labels = _labels(op, y, out.shape[:-1], out)
+    labels = _labels(op, _over_time(y, out), out.shape[:-1], out)
     reward = out.softmax(-1).neg_()
     one = reward.new_ones(()).expand_as(labels)[..., None]
     reward.scatter_add_(-1, labels[..., None], one)

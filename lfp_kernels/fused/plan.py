@@ -7,23 +7,27 @@ from collections import Counter
 from torch import Tensor
 
 from ..rules import DERIVATIVES
+from . import neurons as N
 from . import stages as S
 from . import structure as M
 
 _FUSES_RELU = (S.Linear, S.Conv, S.BatchNorm)
-_HANDS_SIGNAL = (S.Linear, S.Conv, S.BatchNorm, S.AvgPool, S.AdaptiveAvgPool)
+_TAKES_SIGNAL = (S.Linear, S.Conv, S.BatchNorm, S.AvgPool, S.AdaptiveAvgPool)
+_HANDS_SIGNAL = (*_TAKES_SIGNAL, N.Lif)
 _WIDE = 32  # input channels from which channels last pays
-_TAKES_SIGNAL = _HANDS_SIGNAL
 _NONNEGATIVE = ("relu", "relu6", "sigmoid", "softplus", "step", "hardsigmoid")
 
 
 class Plan:
     """Stages in order, with their flags set, and the slots that each step of the walk frees."""
 
-    def __init__(self, stages: list[S.Stage], source: int, output: int) -> None:
+    def __init__(
+        self, stages: list[S.Stage], source: int, output: int, *, source_live: bool = False
+    ) -> None:
         self.stages = stages
         self.source = source
         self.output = output
+        self.source_live = source_live  # somebody wants the reward of the input
         self._fuse_relus()
         self._hand_derivatives()
         self._chain()
@@ -131,7 +135,7 @@ class Plan:
 
     def _mark_live(self) -> None:
         """Rewards are wanted where a trainable parameter lies below."""
-        live: set[int] = set()
+        live: set[int] = {self.source} if self.source_live else set()
         for stage in self.stages:
             stage.wants_input = any(slot in live for slot in stage.inputs)
             if stage.wants_input or any(p.requires_grad for p in stage.parameters):
@@ -166,7 +170,9 @@ class Plan:
                 stage.nonnegative = stage.inputs[0] in slots
             passes = stage.routes or isinstance(stage, (S.AvgPool, S.AdaptiveAvgPool, M.Dropout))
             kept = passes and stage.inputs[0] in slots
-            positive = isinstance(stage, M.Activation) and stage.name in _NONNEGATIVE
+            positive = isinstance(stage, N.Lif) or (
+                isinstance(stage, M.Activation) and stage.name in _NONNEGATIVE
+            )
             if stage.relu or positive or kept:
                 slots.add(stage.output)
 
@@ -206,8 +212,8 @@ class Plan:
         return free
 
     def forward(self, run: S.Run, x: Tensor) -> Tensor:
-        norms = [s.module for s in self.stages if isinstance(s, S.BatchNorm) and s.moves()]
-        run.copy_statistics(list(dict.fromkeys(norms)))
+        norms = dict.fromkeys(m for stage in self.stages for m in stage.norms())
+        run.copy_statistics(list(norms))
         values = run.values
         values[self.source] = x
         for stage, free in zip(self.stages, self.free_forward):

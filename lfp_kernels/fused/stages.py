@@ -48,6 +48,7 @@ class Stage:
     multiplies_by_input = False  # the reward it hands down is 0 where its input is 0
     passes_zero = False  # hands a 0 of its output's reward down as 0, and 0 in means 0 out
     routes = False  # moves values without changing them: signals pass as rewards do
+    takes_spikes = False  # reads packed spikes; others get them unpacked
 
     def __init__(self) -> None:
         self.inputs: list[int] = []  # slots that take a reward
@@ -68,6 +69,10 @@ class Stage:
     def keeps(self) -> set[int]:
         """Slots whose values redistribution reads."""
         return set()
+
+    def norms(self) -> list[Any]:
+        """Modules whose running statistics a step changes."""
+        return []
 
     def forward(self, run: Run) -> Any:
         raise TypeError(f"{type(self).__name__} has no forward")
@@ -257,9 +262,9 @@ class BatchNorm(Stage):
     def keeps(self) -> set[int]:
         return {*self.inputs} if self.signal_in else {*self.inputs, self.output}
 
-    def moves(self) -> bool:
-        """Whether a step changes the running statistics."""
-        return self.module.training and self.module.running_mean is not None
+    def norms(self) -> list[Any]:
+        moves = self.module.training and self.module.running_mean is not None
+        return [self.module] if moves else []
 
     def forward(self, run: Run) -> Tensor:
         m = self.module

@@ -17,8 +17,11 @@ from torch import Tensor, fx, nn
 from .. import calls
 from .. import nn as lfp_nn
 from ..composites import Composite, LayerRule
+from . import neurons as N
 from . import stages as S
 from . import structure as M
+from .modules import ADAPTIVE, avg_settings, conv_form, dims_of, flattens_all, out_of_place
+from .spiking import Spiking
 
 DROP_IN = "; use the drop-in way for this model: with composite.context(model): ..."
 
@@ -35,24 +38,33 @@ class _Tracer(fx.Tracer):
     record_stack_traces = True
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if isinstance(module, (lfp_nn.Step, lfp_nn.Sum)):
+        if isinstance(module, (lfp_nn.Step, lfp_nn.Sum, lfp_nn.LIF, lfp_nn.Spiking)):
             return True
         return super().is_leaf_module(module, qualified_name)
 
 
-def trace(model: nn.Module, composite: Composite) -> tuple[list[S.Stage], int, int]:
+def trace(
+    model: nn.Module, composite: Composite, *, time: str | None = None
+) -> tuple[list[S.Stage], int, int]:
     """(stages in forward order, slot of the input, slot of the output).
+
+    Args:
+        time: of the chain inside a spiking network, its name as a prefix of its layers' names.
 
     Raises:
         ValueError: the model cannot be traced, or a call in it has no stage; names the line.
     """
+    if isinstance(model, lfp_nn.Spiking):
+        stage = Spiking(model, composite, "")
+        stage.inputs, stage.reads, stage.output, stage.label = [0], [0], 1, "model"
+        return [stage], 0, 1
     try:
         graph = _Tracer().trace(model)
     except Exception as error:
         raise ValueError(
             f"fuse: model: cannot be traced at {_user_line(error)}: {error}{DROP_IN}"
         ) from error
-    return _Builder(model, composite).build(graph)
+    return _Builder(model, composite, time).build(graph)
 
 
 def _user_line(error: BaseException) -> str:
@@ -75,8 +87,10 @@ def _user_frame(stack: str) -> str | None:
 
 
 class _Builder:
-    def __init__(self, model: nn.Module, composite: Composite) -> None:
+    def __init__(self, model: nn.Module, composite: Composite, time: str | None) -> None:
         self.model = model
+        self.time = time
+        self.layers: Any = S if time is None else N
         self.composite = composite
         self.modules = dict(model.named_modules())
         self.stages: list[S.Stage] = []
@@ -141,8 +155,8 @@ class _Builder:
         return ValueError(f"fuse: {what} has no stage, at {where}{DROP_IN}")
 
     def module(self, node: fx.Node) -> None:
-        name = str(node.target)
-        module = self.modules[name]
+        module = self.modules[str(node.target)]
+        name = (self.time or "") + str(node.target)
         x: Any = node.args[0]
         rule = self.composite.rule_of(name, module)
         function_rule = self.composite.function_rule
@@ -150,34 +164,42 @@ class _Builder:
             raise self.refuse(node, f"{name} ({type(module).__name__}) on {x}")
         if isinstance(module, nn.Linear):
             layer = self._layer(name, module)
-            stage: S.Stage = S.Linear(module.weight, module.bias, layer, self.composite)
-        elif (form := _conv_form(module)) is not None:
+            stage: S.Stage = self.layers.Linear(module.weight, module.bias, layer, self.composite)
+        elif (form := conv_form(module)) is not None:
             stage = self._conv_module(module, self._layer(name, module), form)
         elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             stage = S.BatchNorm(module, rule)
         elif isinstance(module, calls.ACTIVATION_MODULES):
             kind = type(module).__name__.lower()
-            stage = M.Activation(_out_of_place(module), kind, derivative=not self.linear)
+            stage = M.Activation(out_of_place(module), kind, derivative=not self.linear)
         elif isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
             if type(module) is not nn.Dropout:
                 raise self.refuse(node, f"{name} ({type(module).__name__})")
             stage = M.Dropout(module, self.composite.dropout == "conserving")
         elif isinstance(module, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
-            stage = S.AvgPool(_avg_settings(module), function_rule)
-        elif isinstance(module, _ADAPTIVE):
-            pool = getattr(TF, f"adaptive_avg_pool{_dims(module)}d")
+            stage = S.AvgPool(avg_settings(module), function_rule)
+        elif isinstance(module, ADAPTIVE):
+            pool = getattr(TF, f"adaptive_avg_pool{dims_of(module)}d")
             stage = S.AdaptiveAvgPool(pool, module.output_size, function_rule)
         elif isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)):
             if module.return_indices:
                 raise self.refuse(node, f"{name} (max pool with return_indices=True)")
-            stage = M.MaxPool(
+            stage = (M if self.time is None else N).MaxPool(
                 calls.max_pool_settings(
-                    _dims(module), module.kernel_size, module.stride, module.padding,
+                    dims_of(module), module.kernel_size, module.stride, module.padding,
                     module.dilation, module.ceil_mode,
                 )
             )  # fmt: skip
         elif isinstance(module, (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)):
             stage = M.Pad(tuple(module.padding))
+        elif isinstance(module, lfp_nn.LIF):
+            if self.time is None:
+                raise self.refuse(node, f"{name} (LIF outside lfp_kernels.nn.Spiking)")
+            stage = N.Lif(module, self.composite)
+        elif isinstance(module, lfp_nn.Spiking):
+            stage = Spiking(module, self.composite, name)
+        elif self.time is not None and flattens_all(module):
+            stage = N.Flatten(module)
         elif isinstance(module, (nn.Flatten, nn.Unflatten)):
             stage = M.Reshape(module)
         elif isinstance(module, nn.Identity):
@@ -200,7 +222,7 @@ class _Builder:
         else:
             arguments += [module.dilation, module.groups]
         geometry = calls.conv_geometry(*form, *arguments)[3]
-        return S.Conv(module.weight, module.bias, geometry, layer, self.composite)
+        return self.layers.Conv(module.weight, module.bias, geometry, layer, self.composite)
 
     def function(self, node: fx.Node) -> None:
         target: Any = node.target
@@ -354,44 +376,3 @@ def _signature(form: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     bound = inspect.signature(form).bind(*args, **kwargs)
     bound.apply_defaults()
     return form(*bound.args, **bound.kwargs)
-
-
-_ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-_CONV_FORMS: dict[type[nn.Module], tuple[int, bool]] = {
-    nn.Conv1d: (1, False),
-    nn.Conv2d: (2, False),
-    nn.Conv3d: (3, False),
-    nn.ConvTranspose1d: (1, True),
-    nn.ConvTranspose2d: (2, True),
-    nn.ConvTranspose3d: (3, True),
-}
-
-
-def _out_of_place(module: Any) -> Callable[[Tensor], Tensor]:
-    """The stage below may still read the activation's input."""
-    if getattr(module, "inplace", False):
-        return lambda x: module(x.clone())
-    return module
-
-
-def _conv_form(module: nn.Module) -> tuple[int, bool] | None:
-    for kind, form in _CONV_FORMS.items():
-        if isinstance(module, kind):
-            return form
-    return None
-
-
-def _dims(module: nn.Module) -> int:
-    return int(type(module).__name__[-2])
-
-
-def _avg_settings(module: Any) -> calls.PoolSettings:
-    return calls.pool_settings(
-        _dims(module),
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        module.ceil_mode,
-        module.count_include_pad,
-        getattr(module, "divisor_override", None),
-    )

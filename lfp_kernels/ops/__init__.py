@@ -11,6 +11,7 @@ from . import (
     linear,
     pool,
     reward,
+    spike_events,
     spiking,
     update,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "linear",
     "pool",
     "reward",
+    "spike_events",
     "spiking",
     "update",
 ]

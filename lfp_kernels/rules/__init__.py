@@ -77,6 +77,7 @@ __all__ = [
     "Gradient", "Hebbian", "InputEpilogue", "Map", "Matrix", "NoisyFeedback", "Oja", "Parts",
     "Prologue", "RandomSignFeedback", "ReverseNegative", "ReversePositive", "Rule", "RuleCall",
     "Separate", "SignFeedback", "Signals", "WSquare", "WeightEpilogue", "ZBox", "ZPlus", "Zero",
-    "accumulate_dtype", "finish_below", "finish_input", "get", "run_params", "stabilize",
+    "accumulate_dtype", "finish_below", "finish_input", "get", "philox",
+    "run_params", "stabilize",
     "uniform",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 Neurons are a flat axis of M = batch x features in memory order; ``inner`` neurons in a row share
 one entry of the per-channel ``beta`` and ``threshold``: channel = (m // inner) % channels.
 
-Packed spikes ``bits[P, M]``, P = ceil(steps / 8): bit ``t % 8`` of byte ``[t // 8, m]`` is the spike
+Packed spikes ``bits[P, M]``, P = ceil(steps / 8): bit ``t % 8`` of byte ``[t // 8, m]`` is that
 of neuron m at step t; the bits after the last step are 0.
 """
 

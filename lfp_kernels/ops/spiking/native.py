@@ -12,9 +12,7 @@ def forward(
     current: Tensor, state: Tensor | None, beta: Tensor, threshold: Tensor, inner: int,
     steps: int, reset: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _ops.lif_forward.default(
-        current, state, beta, threshold, inner, steps, int(reset), keep
-    )
+    return _ops.lif_forward.default(current, state, beta, threshold, inner, steps, int(reset), keep)
 
 
 def feedback(

@@ -1,12 +1,10 @@
-"""Modules that feedback propagation understands and torch.nn lacks."""
+"""Step activation and residual sum."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from . import functional
-
-__all__ = ["Step", "Sum"]
+from .. import functional
 
 
 class Step(nn.Module):
