@@ -65,7 +65,8 @@ struct Neuron {
     const bool off = reset == Reset::kSubtractAtOnce ? spike : f.resets;
     const A v = off ? u + threshold : u;
     const A change = v - f.entering;
-    const A total = (f.entering < A(0) ? -f.entering : f.entering) + (change < A(0) ? -change : change);
+    const A total =
+        (f.entering < A(0) ? -f.entering : f.entering) + (change < A(0) ? -change : change);
     f.signal = (r + m) / (total + eps);
     const A decayed = times(beta, f.entering);
     f.carry = times(decayed, f.signal);

@@ -55,6 +55,7 @@ class Attachment:
             stage = Spiking(spiking, self.composite, prefix)  # type: ignore[arg-type]
             self._spiking[spiking] = stage
             stage.inputs, stage.output, stage.index = [0], 1, 0
+            stage.once = False  # autograd may be told to retain the graph
         return self._spiking[spiking]
 
     def install(self) -> None:

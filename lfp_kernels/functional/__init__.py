@@ -24,14 +24,17 @@ from .pool import (
 )
 from .spike_layers import (
     has_spike_conv,
+    has_spike_feedback,
     has_spike_linear,
     has_spike_max_pool,
     spike_conv,
     spike_conv_redistribute,
+    spike_lif_feedback,
     spike_linear,
     spike_linear_redistribute,
     spike_max_pool,
     spike_max_pool_redistribute,
+    spikes_channels_last,
 )
 from .spiking import (
     LIFFeedback,
@@ -66,6 +69,7 @@ __all__ = [
     "dropout_redistribute",
     "global_norm",
     "has_spike_conv",
+    "has_spike_feedback",
     "has_spike_linear",
     "has_spike_max_pool",
     "lif_feedback",
@@ -78,10 +82,12 @@ __all__ = [
     "optimizer_update",
     "spike_conv",
     "spike_conv_redistribute",
+    "spike_lif_feedback",
     "spike_linear",
     "spike_linear_redistribute",
     "spike_max_pool",
     "spike_max_pool_redistribute",
+    "spikes_channels_last",
     "step",
     "sum_redistribute",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,11 +57,8 @@ class PackedSpikes:
 
     def density(self) -> float:
         """Share of spikes among all neurons and steps."""
-        ones = int(_ONES.to(self.bits.device)[self.bits.int()].sum()) if self.bits.numel() else 0
+        ones = int(select("spike_events", self.bits, dtype=torch.float32).spike_count(self.bits))
         return ones / max(1, math.prod(self.shape))
-
-
-_ONES = torch.tensor([bin(byte).count("1") for byte in range(256)])
 
 
 class LIFResult(NamedTuple):
@@ -124,7 +122,7 @@ def lif_forward(
     flat = _rows(moving)
     values = [_parameter(op, n, v, like) for n, v in (("beta", beta), ("threshold", threshold))]
     bits, membrane, last = select("spiking", current).forward(
-        flat, None if state is None else _state(op, "state", state, like), *values,
+        flat, _state(op, "state", state, moving, moving), *values,
         _inner(moving), steps, code, keep,
     )  # fmt: skip
     return LIFResult(
@@ -185,23 +183,44 @@ def lif_feedback(
     if not eps > 0:
         raise ValueError(f"{op}: eps: expected a positive number, got {eps}")
     code = reset_code(op, reset, reset_delay)
-    like = membrane[0]
-    values = [_parameter(op, n, v, like) for n, v in (("beta", beta), ("threshold", threshold))]
-    inner = _inner(membrane)
-    signal, carried, *sums = select("spiking", membrane).feedback(
-        _rows_like(reward, membrane), _rows(membrane), _rows_like(spikes.bits, membrane),
-        None if state is None else _state(op, "state", state, like),
-        None if carry is None else _state(op, "carry", carry, like),
-        *values, inner, eps, code, sum_steps, as_reward, need_parameters,
+    return finish_feedback(
+        select("spiking", membrane), op, membrane, membrane, beta, threshold, need_parameters,
+        sum_steps,
+        lambda backend, values, inner, of: backend.feedback(
+            rows_like(reward, membrane), _rows(membrane), rows_like(spikes.bits, membrane),
+            of("state", state), of("carry", carry), *values, inner, eps, code, sum_steps,
+            as_reward, need_parameters,
+        ),
     )  # fmt: skip
+
+
+def finish_feedback(
+    backend: Any,
+    op: str,
+    source: Tensor,
+    like: Tensor,
+    beta: Tensor | float,
+    threshold: Tensor | float,
+    need_parameters: bool,
+    sum_steps: bool,
+    call: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+) -> LIFFeedback:
+    """The result of ``call(backend, [beta, threshold], inner, of)`` in the dtype of ``source``
+    [any, N, ...] and the memory order of ``like``; ``of(name, value)`` makes rows of a state."""
+    pairs = (("beta", beta), ("threshold", threshold))
+    values = [_parameter(op, name, value, source[0]) for name, value in pairs]
+    inner = _inner(like)
+
+    def of(name: str, value: Tensor | None) -> Any:
+        return _state(op, name, value, source, like)
+
+    signal, carried, *sums = call(backend, values, inner, of)
     found = [
         _feedback_of(value, s, inner, given) if need_parameters else None
         for value, s, given in zip(values, sums, (beta, threshold))
     ]
-    signal = _shaped(signal, membrane)
-    return LIFFeedback(
-        signal[0] if sum_steps else signal, _shaped(carried[None], membrane)[0], *found
-    )
+    signal = _shaped(signal, like)
+    return LIFFeedback(signal[0] if sum_steps else signal, _shaped(carried[None], like)[0], *found)
 
 
 @torch.no_grad()
@@ -255,10 +274,13 @@ def _feedback_of(value: Tensor, sums: Tensor, inner: int, given: Tensor | float)
     return (value.abs() * sums).reshape(given.shape if isinstance(given, Tensor) else ())
 
 
-def _state(op: str, name: str, value: Tensor, like: Tensor) -> Tensor:
-    check.like(op, name, value, like, "the membrane")
-    check.shape(op, name, value, like.shape)
-    return _rows_like(value[None], like[None])[0]
+def _state(op: str, name: str, value: Tensor | None, source: Tensor, like: Tensor) -> Any:
+    """A membrane or carry [N, ...] like ``source`` [any, N, ...], in memory as ``like``."""
+    if value is None:
+        return None
+    check.like(op, name, value, source, "the membrane")
+    check.shape(op, name, value, source.shape[1:])
+    return rows_like(value[None], like)[0]
 
 
 # Neurons in memory order: [T, N, ...] as [T, M] without a copy where each step is dense.
@@ -274,10 +296,11 @@ def _inner(t: Tensor) -> int:
 
 
 def _rows(t: Tensor) -> Tensor:
-    return _rows_like(t, t)
+    return rows_like(t, t)
 
 
-def _rows_like(t: Tensor, like: Tensor) -> Tensor:
+def rows_like(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` [any, N, ...] as rows [any, M] in the memory order of ``like``."""
     if _channels_last(like):
         t = t.movedim(2, -1)
     return t.reshape(t.shape[0], -1) if t.numel() else t.reshape(t.shape[0], 0)

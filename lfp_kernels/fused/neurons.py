@@ -28,7 +28,18 @@ DENSITY = 0.2
 class TimeRun(S.Run):
     """One chunk of time steps: ``steps`` of them from ``first`` on, and what neurons carry."""
 
-    __slots__ = ("batch", "carries", "dtype", "first", "keep", "seed", "states", "static", "steps")
+    __slots__ = (
+        "batch",
+        "carries",
+        "dtype",
+        "first",
+        "keep",
+        "release",
+        "seed",
+        "states",
+        "static",
+        "steps",
+    )
 
     def __init__(self, slots: int, stages: int, updates: Any, steps: int, batch: int) -> None:
         super().__init__(slots, stages, updates)
@@ -39,6 +50,7 @@ class TimeRun(S.Run):
         self.seed = 0  # of the noise; 0: none
         self.dtype = torch.float32
         self.keep = True  # what redistribution reads
+        self.release = False  # nobody walks back a second time: values may be overwritten
 
     def over_time(self, x: Tensor) -> Tensor:
         """[T * N, ...] as [T, N, ...]."""
@@ -46,9 +58,13 @@ class TimeRun(S.Run):
 
 
 class Lif(S.Stage):
-    """Neurons; the layer below takes its signal from them."""
+    """Neurons; the layer below takes its signal from them.
 
-    takes_spikes = False
+    Where the processor has event-driven kernels, the membranes of a constant current are computed
+    again instead of kept, and a max pool above hands its rewards down as they are.
+    """
+
+    pool: tuple[int, int] | None = None  # the windows of that pool
 
     def __init__(self, module: LIF, composite: Composite) -> None:
         super().__init__()
@@ -64,24 +80,34 @@ class Lif(S.Stage):
         x = run.values[self.inputs[0]]
         static = self.inputs[0] in run.static
         state = run.states.get(self.index)
+        again = static and F.has_spike_feedback(x)
         found = self.module.scan(
             x if static else run.over_time(x), steps=run.steps if static else None, state=state,
-            keep=run.keep,
+            keep=run.keep and not again,
         )  # fmt: skip
-        run.aside[self.index] = (found.membrane, found.spikes, state)
+        run.aside[self.index] = (x if again else None, found.membrane, found.spikes, state)
         run.states[self.index] = found.state
         return found.spikes
 
     def redistribute(self, run: Any, reward: Tensor) -> tuple[Tensor | None, ...]:
-        membrane, spikes, state = run.aside[self.index]
+        current, membrane, spikes, state = run.aside[self.index]
         static, m = self.inputs[0] in run.static, self.module
         learned = [p for p in (m.beta, m.threshold) if p.requires_grad]
-        found = F.lif_feedback(
-            run.over_time(reward), membrane, spikes, m.decay, m.threshold,
-            eps=self.rule.eps, reset=m.reset, reset_delay=m.reset_delay, state=state,
-            carry=run.carries.get(self.index), sum_steps=static, as_reward=self.below is None,
-            need_parameters=bool(learned),
-        )  # fmt: skip
+        options = {
+            "eps": self.rule.eps, "reset": m.reset, "reset_delay": m.reset_delay, "state": state,
+            "carry": run.carries.get(self.index), "sum_steps": static,
+            "as_reward": self.below is None, "need_parameters": bool(learned),
+        }  # fmt: skip
+        reward = run.over_time(reward)
+        overwrite = run.release and not static and F.has_spike_feedback(reward)
+        if current is not None or overwrite or reward.shape != spikes.shape:
+            found = F.spike_lif_feedback(
+                reward, spikes, m.decay, m.threshold, membrane=membrane, current=current,
+                pool=None if reward.shape == spikes.shape else self.pool, overwrite=overwrite,
+                **options,
+            )  # fmt: skip
+        else:
+            found = F.lif_feedback(reward, membrane, spikes, m.decay, m.threshold, **options)
         run.carries[self.index] = found.carry
         for parameter, feedback in ((m.beta, found.beta), (m.threshold, found.threshold)):
             if parameter.requires_grad:
@@ -215,6 +241,7 @@ class MaxPool(M.MaxPool):
     """Of spikes: a window fires when any neuron in it does, and the first one takes the reward."""
 
     takes_spikes = True
+    hands_down = False  # the neurons below route the reward themselves
 
     def forward(self, run: Any) -> Any:
         value = run.values[self.inputs[0]]
@@ -230,6 +257,8 @@ class MaxPool(M.MaxPool):
         spikes = run.aside[self.index]
         if not isinstance(spikes, PackedSpikes):
             return super().redistribute(run, reward)
+        if self.hands_down and F.has_spike_feedback(reward) and F.spikes_channels_last(spikes):
+            return (reward,)
         found = F.spike_max_pool_redistribute(spikes, run.over_time(reward), self.settings)
         return (found.flatten(0, 1),)
 

@@ -26,6 +26,7 @@ class TimePlan(Plan):
 
     def __init__(self, stages: list[S.Stage], output: int, static: bool, wants_input: bool) -> None:
         super().__init__(stages, 0, output, source_live=wants_input)
+        self._hand_pools_down()
         self.static = {noisy: self._static_slots(static, noisy) for noisy in (False, True)}
 
     def _static_slots(self, source: bool, noisy: bool) -> frozenset[int]:
@@ -35,6 +36,18 @@ class TimePlan(Plan):
             if not moves and all(slot in slots for slot in stage.reads):
                 slots.add(stage.output)
         return frozenset(slots)
+
+    def _hand_pools_down(self) -> None:
+        """Neurons below a max pool without overlap take its rewards by themselves."""
+        for pool in self.stages:
+            if not isinstance(pool, N.MaxPool):
+                continue
+            kernel, stride, padding, dilation, ceil = pool.settings
+            simple = len(kernel) == 2 and kernel == stride and not any(padding) and not ceil
+            below = next((s for s in self.stages if s.output == pool.inputs[0]), None)
+            alone = len(self.consumers(pool.inputs[0])) == 1
+            if simple and set(dilation) == {1} and alone and isinstance(below, N.Lif):
+                pool.hands_down, below.pool = True, kernel
 
     def walk(self, run: N.TimeRun, stages: list[S.Stage]) -> None:
         """Forward through ``stages``; frees what neither a later stage nor backward reads."""
@@ -61,6 +74,8 @@ class TimePlan(Plan):
                 if part is not None and slot in self.live:
                     before = rewards[slot]
                     rewards[slot] = part if before is None else before + part
+            if run.release:
+                run.aside[stage.index] = None
             for slot in self.free_backward[stage.index]:
                 if slot not in run.static or stage.output in run.static:
                     run.values[slot] = None
@@ -126,6 +141,7 @@ class Spiking(S.Stage):
             )
         self.module = module
         self.composite, self.prefix = composite, prefix
+        self.once = True  # backward comes once: what it has read may go
         self._plans: dict[Any, TimePlan] = {}
         self._plan(True)
 
@@ -204,13 +220,15 @@ class Spiking(S.Stage):
 
     def redistribute(self, run: S.Run, reward: Tensor) -> tuple[Tensor | None, ...]:
         plan, x, prefix, chunks, last, (static, _) = run.aside[self.index]
+        if self.once:
+            run.aside[self.index] = None
         moving = [s for s in plan.stages if s.output not in prefix.static]
         still = [s for s in plan.stages if s.output in prefix.static]
         rewards: list[Tensor | None] = [None] * plan.slots
         carries: dict[int, Tensor] = {}
         of_input: list[Tensor | None] = []
         for number, chunk in reversed(list(enumerate(chunks))):
-            here = last
+            here, last = last, None
             if number < len(chunks) - 1:  # forward again, from the membranes it began with
                 here = N.TimeRun(plan.slots, len(plan.stages), None, chunk.steps, prefix.batch)
                 here.static, here.first, here.seed = prefix.static, chunk.first, prefix.seed
@@ -220,15 +238,16 @@ class Spiking(S.Stage):
             else:
                 here.values = list(here.values)  # as they were, should somebody walk again
             here.updates = N.Gathered(run.updates) if len(chunks) > 1 else run.updates
-            here.carries = carries
+            here.carries, here.release = carries, self.once
             part = reward[chunk.first : chunk.first + chunk.steps]
             rewards[plan.output] = part.flatten(0, 1)
             plan.walk_back(here, moving, rewards)
+            del here
             if not static:
                 of_input.append(rewards[0])
                 rewards[0] = None
         if static:
-            prefix.updates = run.updates
+            prefix.updates, prefix.release = run.updates, self.once
             held = list(prefix.values)
             plan.walk_back(prefix, still, rewards)
             prefix.values = held

@@ -12,6 +12,7 @@ from . import (
     pool,
     reward,
     spike_events,
+    spike_feedback,
     spiking,
     update,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "pool",
     "reward",
     "spike_events",
+    "spike_feedback",
     "spiking",
     "update",
 ]
