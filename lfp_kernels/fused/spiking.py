@@ -235,22 +235,18 @@ class Spiking(S.Stage):
                 here.statistics, here.dtype = prefix.statistics, x.dtype
                 self._enter(here, prefix, x, static, chunk.states)
                 plan.walk(here, moving)
-            else:
-                here.values = list(here.values)  # as they were, should somebody walk again
             here.updates = N.Gathered(run.updates) if len(chunks) > 1 else run.updates
             here.carries, here.release = carries, self.once
             part = reward[chunk.first : chunk.first + chunk.steps]
             rewards[plan.output] = part.flatten(0, 1)
-            plan.walk_back(here, moving, rewards)
+            self._walk_back(plan, here, moving, rewards)
             del here
             if not static:
                 of_input.append(rewards[0])
                 rewards[0] = None
         if static:
             prefix.updates, prefix.release = run.updates, self.once
-            held = list(prefix.values)
-            plan.walk_back(prefix, still, rewards)
-            prefix.values = held
+            self._walk_back(plan, prefix, still, rewards)
             return (rewards[0],)
         if of_input[0] is None:
             return (None,)
@@ -273,6 +269,14 @@ class Spiking(S.Stage):
         run.updates = Feedback()  # type: ignore[assignment]
         (first,) = self.redistribute(run, reward)
         return first, run.updates.found  # type: ignore[attr-defined]
+
+    def _walk_back(
+        self, plan: TimePlan, run: N.TimeRun, stages: list[S.Stage], rewards: list[Tensor | None]
+    ) -> None:
+        held = None if self.once else list(run.values)
+        plan.walk_back(run, stages, rewards)
+        if held is not None:
+            run.values = held
 
     def _check_chunks(self, plan: TimePlan) -> None:
         """What a second forward pass of a chunk would do differently."""

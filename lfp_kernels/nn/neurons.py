@@ -65,7 +65,7 @@ class LIF(nn.Module):
 
     def extra_repr(self) -> str:
         def show(t: Tensor) -> str:
-            return f"{float(t):g}" if t.numel() == 1 else f"[{t.numel()}]"
+            return f"{t.item():g}" if t.numel() == 1 else f"[{t.numel()}]"
 
         delay = "" if self.reset_delay else ", reset_delay=False"
         return f"beta={show(self.beta)}, threshold={show(self.threshold)}, {self.reset}{delay}"
