@@ -226,7 +226,7 @@ def test_inside_a_model():
     _, found, of_input = drop_in(model, x, reward_of)
     assert of_input.abs().sum() > 0 and all(f.abs().sum() > 0 for f in found[:2])
     inner = torch.relu(model.front(x)).detach()
-    spikes, feedback, input_reward = by_steps(model.snn, inner, lambda s: _of_count(s, reward_of))
+    _, feedback, _ = by_steps(model.snn, inner, lambda s: _of_count(s, reward_of))
     close(found[2:], [feedback[id(p)] for p in model.snn.parameters()])
 
 
