@@ -33,7 +33,8 @@ def _feedback(
 
 define(
     "spike_lif_feedback(Tensor reward, Tensor(a!) membrane, bool constant, Tensor bits, "
-    "Tensor? state, Tensor? carry, Tensor beta, Tensor threshold, int inner, int[] pool, int steps, float eps, "
+    "Tensor? state, Tensor? carry, Tensor beta, Tensor threshold, int inner, int[] pool, "
+    "int steps, float eps, "
     "int reset, bool sums, bool as_reward, bool need_parameters, bool overwrite) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _feedback,
