@@ -3,6 +3,8 @@
 // Currents and rewards are read once, the membrane is written once, spikes leave as bits.
 #include "lif.h"
 
+#include "noise.h"
+
 namespace lfp::cpu {
 namespace {
 
@@ -109,14 +111,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_feedback(Tensor reward, Tensor me
   return {signal, carried, beta_sum, threshold_sum};
 }
 
-template <class T>
-void noisy_loop(const T* from, int64_t begin, int64_t end, Acc<T> noise, uint64_t seed,
-                int64_t index, T* to) {
-  using A = Acc<T>;
-  for (int64_t i = begin; i < end; ++i)
-    store(to, i, load(from, i) + noise * normal<A>(index + i, seed));
-}
-
 Tensor add_noise(Tensor x, int64_t steps, double noise, int64_t seed, int64_t first) {
   x = dense(x);
   const int64_t neurons = x.size(1);
@@ -124,6 +118,8 @@ Tensor add_noise(Tensor x, int64_t steps, double noise, int64_t seed, int64_t fi
   Tensor y = empty_like(x, {steps, neurons});
   dispatch_dtype(x.scalar_type(), "add_noise", [&](auto element) {
     using T = decltype(element);
+    using A = Acc<T>;
+    const A scale = A(noise);
     const T* from = data<T>(x);
     T* to = data<T>(y);
     for (int64_t t = 0; t < steps; ++t) {
@@ -133,8 +129,8 @@ Tensor add_noise(Tensor x, int64_t steps, double noise, int64_t seed, int64_t fi
         if (noise == 0)
           std::copy(row + begin, row + end, out + begin);
         else
-          noisy_loop<T>(row, begin, end, Acc<T>(noise), static_cast<uint64_t>(seed),
-                        (first + t) * neurons, out);
+          with_noise<A>(begin, end, (first + t) * neurons, static_cast<uint64_t>(seed),
+                        [=](int64_t i, A z) { store(out, i, load(row, i) + scale * z); });
       });
     }
   });
@@ -162,10 +158,9 @@ Tensor spikes_unpack(Tensor bits, int64_t steps, ScalarType dtype, double noise,
       const int64_t index = (first + t) * neurons;
       const A scale = A(noise);
       parallel_items(neurons, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          store(out, i,
-                A((plane[i] >> shift) & 1) +
-                    scale * normal<A>(index + i, static_cast<uint64_t>(seed)));
+        with_noise<A>(begin, end, index, static_cast<uint64_t>(seed), [=](int64_t i, A z) {
+          store(out, i, A((plane[i] >> shift) & 1) + scale * z);
+        });
       });
     }
   });
