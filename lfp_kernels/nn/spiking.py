@@ -174,7 +174,8 @@ def draw_seed() -> int:
 
 
 def _chain(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
+    for name, child in module._modules.items():  # named_children() leaves out a second use
+        assert child is not None
         path = f"{prefix}.{name}"
         if type(child) is nn.Sequential:
             yield from _chain(path, child)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import activations, model_definitions
+from . import activations, model_definitions, spiking_networks
 
 MODEL_MAP: dict[str, Callable[..., nn.Module]] = {
     "lenet": model_definitions.LeNet,
@@ -17,15 +17,24 @@ MODEL_MAP: dict[str, Callable[..., nn.Module]] = {
     "dense-only": model_definitions.DenseOnly,
     "toydata-dense": model_definitions.ToyDataDense,
 }
+SPIKING_MODEL_MAP: dict[str, Callable[..., nn.Module]] = {
+    "lifmlp": spiking_networks.LifMLP,
+    "smalllifmlp": spiking_networks.SmallLifMLP,
+    "lifcnn": spiking_networks.LifCNN,
+    "deepersnn": spiking_networks.DeeperSNN,
+    "lifresnetlike": spiking_networks.ResNet,
+}
 # What these names need is not a dependency of this package.
 _ELSEWHERE = {
     **dict.fromkeys(("vgg16", "vgg16bn", "resnet18", "resnet34", "customresnet18"), "torchvision"),
     "vit": "transformers",
-    **dict.fromkeys(
-        ("lifmlp", "smalllifmlp", "lifcnn", "deepersnn", "lifresnetlike"), "snntorch"
-    ),
-}  # fmt: skip
+}
 
+_SIZES = {"n_channels": 3, "n_outputs": 1000}
+_NEURONS = {
+    "beta": 0.9, "reset_mechanism": "subtract", "surrogate_disable": False, "spike_grad": "step",
+    "apply_noise": False, "noise_size": 1e-6, "n_linear_inputs": None,
+}  # fmt: skip
 ACTIVATION_MAP: dict[str, Callable[..., nn.Module]] = {
     "relu": nn.ReLU,
     "sigmoid": nn.Sigmoid,
@@ -74,30 +83,57 @@ def forward_fn_default(
     return inputs, labels, model(inputs)
 
 
+def forward_fn_spiking(
+    batch: Any,
+    model: nn.Module,
+    device: Any,
+    lfp_step: bool = True,
+    n_steps: int = 15,
+    is_huggingface_data: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(inputs, labels, spikes [T, N, C]) of one batch: ``n_steps`` calls with the same inputs.
+
+    Args:
+        batch: (inputs, labels), or with ``is_huggingface_data`` a dict of "pixel_values", "labels".
+        model: steps; ``model(inputs)`` returns (spikes, membrane).
+    """
+    if is_huggingface_data:
+        batch = batch["pixel_values"], batch["labels"]
+    inputs, labels = batch
+    inputs, labels = inputs.to(device), torch.as_tensor(labels).to(device)
+    if lfp_step:
+        inputs = inputs.detach().requires_grad_(True)
+    return inputs, labels, torch.stack([model(inputs)[0] for _ in range(n_steps)])
+
+
 def get_model(model_name: str, device: Any, **kwargs: Any) -> nn.Module:
     """A network by name, on ``device``.
 
     Args:
-        model_name: a key of MODEL_MAP. device: where it goes.
+        model_name: a key of MODEL_MAP or SPIKING_MODEL_MAP. device: where it goes.
         n_channels (3), n_outputs (1000): its sizes. activation ("relu"): a key of ACTIVATION_MAP.
+        beta (0.9), reset_mechanism ("subtract"), surrogate_disable (False), spike_grad ("step"),
+        apply_noise (False), noise_size (1e-6), n_linear_inputs: of a spiking network.
         init_func ("default"): a key of INIT_FUNCS that changes the initial weights.
 
     Raises:
         ValueError: no such name; the message lists the names.
     """
-    if model_name not in MODEL_MAP:
+    names = (*MODEL_MAP, *SPIKING_MODEL_MAP)
+    if model_name not in names:
         needs = _ELSEWHERE.get(model_name)
         why = f"; {model_name} is made by {needs}, take it from there" if needs else ""
-        raise ValueError(
-            f"get_model: expected one of {', '.join(MODEL_MAP)}, got {model_name!r}{why}"
-        )
-    activation = _choose("activation", ACTIVATION_MAP, kwargs.get("activation", "relu"))
-    model = MODEL_MAP[model_name](
-        n_channels=kwargs.get("n_channels", 3),
-        n_outputs=kwargs.get("n_outputs", 1000),
-        activation=activation,
-    )
-    model.forward_fn = forward_fn_default  # type: ignore[assignment]
+        raise ValueError(f"get_model: expected one of {', '.join(names)}, got {model_name!r}{why}")
+    options = {name: kwargs.get(name, default) for name, default in _SIZES.items()}
+    if model_name in MODEL_MAP:
+        activation = _choose("activation", ACTIVATION_MAP, kwargs.get("activation", "relu"))
+        model = MODEL_MAP[model_name](**options, activation=activation)
+        model.forward_fn = forward_fn_default  # type: ignore[assignment]
+    else:
+        options.update({name: kwargs.get(name, default) for name, default in _NEURONS.items()})
+        model = SPIKING_MODEL_MAP[model_name](**options)
+        model.forward_fn = forward_fn_spiking  # type: ignore[assignment]
     model.is_huggingface = False  # type: ignore[assignment]
     init = kwargs.get("init_func", "default")
     if init != "default":

@@ -50,6 +50,7 @@ class _Rule(WrapModule):
     """A rule that runs inside its layer: the layer stays where it is, with its hooks."""
 
     run: Callable[..., Any]
+    whole = False  # the rule is that of the layer's children too: they get none of their own
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -264,12 +265,17 @@ class ParameterizableComposite:
     def _attach(self, model: nn.Module, verbose: bool) -> None:
         # Every module once, however often the model holds it; listed before any is replaced.
         modules = dict(model.named_modules())
-        left = []
+        left: list[str] = []
+        covered: set[nn.Module] = set()
         for path, module in modules.items():
             owner, _, name = path.rpartition(".")
             if hasattr(module, "inplace"):
                 self._set_attribute(module, "inplace", False)
+            if module in covered:
+                continue
             rule = self._rule_of(name, module)
+            if isinstance(rule, _Rule) and rule.whole:
+                covered.update(module.modules())
             if verbose:
                 print(f"{path or type(model).__name__}: {type(rule).__name__ if rule else '-'}")
             if rule is None and isinstance(module, _MAX_POOLS):
