@@ -210,6 +210,7 @@ class RewardMode(TorchFunctionMode):
     def __init__(self, attachment: Attachment) -> None:
         super().__init__()
         self.attachment = attachment
+        self.handlers = attachment.composite.handlers()
 
     def _has_handler(self, func: Any) -> bool:
         """What a composite of the feedback-alignment family changes; the rest is autograd's."""
@@ -217,7 +218,7 @@ class RewardMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        handler = TABLE.get(func)
+        handler = self.handlers.get(func) or TABLE.get(func)
         if self.attachment.composite.plain and not self._has_handler(func):
             return func(*args, **kwargs)
         if handler is not None:

@@ -17,27 +17,28 @@ struct VectorOf {
 };
 
 template <class V, class A>
-LFP_HD V get(const A* p) {
+LFP_HD const V& get(const A* p) {
   return *reinterpret_cast<const V*>(p);
 }
 
 template <class V, class A>
-LFP_HD void put(A* p, V v) {
+LFP_HD void put(A* p, const V& v) {
   *reinterpret_cast<V*>(p) = v;
 }
 
 // v's halves added until four lanes are left.
 template <class A, int64_t kBytes>
-LFP_HD auto four_lanes(typename VectorOf<A, kBytes>::type v) {
+LFP_HD void four_lanes(const typename VectorOf<A, kBytes>::type& v,
+                       typename VectorOf<A, 4 * sizeof(A)>::type& to) {
   if constexpr (kBytes == 4 * sizeof(A)) {
-    return v;
+    to = v;
   } else {
     using Half = typename VectorOf<A, kBytes / 2>::type;
     union {
       typename VectorOf<A, kBytes>::type whole;
       Half half[2];
     } u = {v};
-    return four_lanes<A, kBytes / 2>(u.half[0] + u.half[1]);
+    four_lanes<A, kBytes / 2>(u.half[0] + u.half[1], to);
   }
 }
 
@@ -47,8 +48,11 @@ LFP_HD void add_lane_sums(const typename VectorOf<A, kBytes>::type* v, A* to) {
   using Four = typename VectorOf<A, 4 * sizeof(A)>::type;
   typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Index
       __attribute__((vector_size(4 * sizeof(A))));
-  const Four a = four_lanes<A, kBytes>(v[0]), b = four_lanes<A, kBytes>(v[1]);
-  const Four c = four_lanes<A, kBytes>(v[2]), d = four_lanes<A, kBytes>(v[3]);
+  Four a, b, c, d;
+  four_lanes<A, kBytes>(v[0], a);
+  four_lanes<A, kBytes>(v[1], b);
+  four_lanes<A, kBytes>(v[2], c);
+  four_lanes<A, kBytes>(v[3], d);
   constexpr Index even = {0, 4, 2, 6}, odd = {1, 5, 3, 7};  // a0 b0 a2 b2, a1 b1 a3 b3
   const Four ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
   const Four cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
@@ -98,25 +102,25 @@ LFP_HD void collect_body(const int32_t* places, int64_t count, const int64_t* of
     weight[k] = get<V>(w + k * kSpikeLanes<A>);
     offset[k] = offsets[k];
   }
-  const auto visit = [&](int64_t i) LFP_INLINE {
+  const auto visit = [&](int64_t i, V& dot) LFP_INLINE {
     const A* at = s + places[i];
-    V dot = {};
 #pragma GCC unroll 16
     for (int64_t k = 0; k < S; ++k) {
       const V v = get<V>(at + offset[k]);
       sum[k] += v;
       dot += v * weight[k];
     }
-    return dot;
   };
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
-    const V four[4] = {visit(i), visit(i + 1), visit(i + 2), visit(i + 3)};
+    V four[4] = {};
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < 4; ++k) visit(i + k, four[k]);
     add_lane_sums<A, kBytes>(four, dots + i);
   }
   if (i < count) {
     V rest[4] = {};
-    for (int64_t k = 0; i + k < count; ++k) rest[k] = visit(i + k);
+    for (int64_t k = 0; i + k < count; ++k) visit(i + k, rest[k]);
     add_lane_sums<A, kBytes>(rest, dots + i);
   }
 #pragma GCC unroll 16
@@ -126,8 +130,8 @@ LFP_HD void collect_body(const int32_t* places, int64_t count, const int64_t* of
 
 // Half a vector at a time: what 16 registers of 32 bytes hold.
 template <int64_t V, class A>
-LFP_CLONES void add_portable(const int32_t* starts, const int32_t* rows, int64_t pixels,
-                             const A* w, const A* start, int64_t count, int64_t stride, A* z) {
+LFP_CLONES void add_portable(const int32_t* starts, const int32_t* rows, int64_t pixels, const A* w,
+                             const A* start, int64_t count, int64_t stride, A* z) {
   for (int64_t h = 0; h < kSpikeLanes<A>; h += kSpikeLanes<A> / 2)
     add_body<V, 32>(starts, rows, pixels, h, w, start, count, stride, z);
 }
@@ -196,7 +200,8 @@ void add(const int32_t* starts, const int32_t* rows, int64_t pixels, int64_t vec
 template <class A, bool kWide>
 void collect(const int32_t* places, int64_t count, const int64_t* offsets, int64_t slots,
              const A* w, const A* s, A* dw, A* dots) {
-  static const auto table = collect_table<A, kWide>(std::make_integer_sequence<int64_t, kMostSlots>{});
+  static const auto table =
+      collect_table<A, kWide>(std::make_integer_sequence<int64_t, kMostSlots>{});
   if (count)
     for_each_group(slots, [&](int64_t first, int64_t n) {
       const int64_t at = first * kSpikeLanes<A>;

@@ -8,8 +8,8 @@
 // Forward, each output pixel has the list of the weight rows that it adds up, in registers.
 // Backward, each channel has the list of its spikes, and its weights and their feedback stay in
 // registers while the list is walked; s lies in tiles with room for every tap of every pixel (a
-// "full" convolution), so that no tap is tested. A linear layer is a 1 x 1 convolution over an image
-// of samples.
+// "full" convolution), so that no tap is tested. A linear layer is a 1 x 1 convolution over an
+// image of samples.
 #pragma once
 
 #include <memory>
@@ -144,27 +144,27 @@ class SpikeReader {
  private:
   const SpikeLayer& layer_;
   int64_t images_ = 0, listed_ = 0, pixels_ = 0, groups_;
-  std::vector<int64_t> bytes_;    // where each pixel of the block lies, from its first
-  std::vector<uint8_t> masks_;    // [image][pixel][group of 8 channels]
-  std::vector<int32_t> starts_;   // [listed image][pixel] and the end
+  std::vector<int64_t> bytes_;   // where each pixel of the block lies, from its first
+  std::vector<uint8_t> masks_;   // [image][pixel][group of 8 channels]
+  std::vector<int32_t> starts_;  // [listed image][pixel] and the end
   Growing<int32_t> channels_;
 };
 
-// The same spikes by channel, with their places in the tiles of the images.
+// The spikes that a reader lists, by channel, with their places in the tiles of the images.
 class ChannelLists {
  public:
-  explicit ChannelLists(const SpikeLayer& layer);
+  explicit ChannelLists(const SpikeLayer& layer) : layer_(layer) {}
   void sort(const SpikeReader& spikes);
 
-  // Spikes of a channel: numbers begin(c) .. begin(c + 1) - 1.
-  int64_t begin(int64_t channel) const { return starts_[channel]; }
-  const int32_t* places() const { return places_.data(); }  // in elements
-  // Number of each spike of the reader here.
+  // Number of a channel's first spike, how many follow, and their places in elements.
+  int64_t number(int64_t channel) const { return starts_[channel]; }
+  int64_t count(int64_t channel) const { return starts_[channel + 1] - starts_[channel]; }
+  const int32_t* places(int64_t channel) const { return places_.data() + starts_[channel]; }
+  // Number here of each spike of the reader.
   const int32_t* numbers() const { return numbers_.data(); }
 
  private:
   const SpikeLayer& layer_;
-  std::vector<int32_t> tile_;  // place of each pixel in its tile
   std::vector<int32_t> starts_, next_;
   Growing<int32_t> places_, numbers_;
 };

@@ -104,8 +104,10 @@ LFP_CLONES int32_t* gather_row(const SpikeLayer& layer, const int32_t* starts,
 
 // For lists of `mean` entries: few are longer than what is copied at once.
 auto gather_row_for(double mean) {
-  return mean < 2.5 ? gather_row<8>
-                    : mean < 9 ? gather_row<16> : mean < 20 ? gather_row<32> : gather_row<kMostCopied>;
+  return mean < 2.5  ? gather_row<8>
+         : mean < 9  ? gather_row<16>
+         : mean < 20 ? gather_row<32>
+                     : gather_row<kMostCopied>;
 }
 
 }  // namespace
@@ -136,15 +138,8 @@ void SpikeReader::list(int64_t first, int64_t count) {
   listed_ = count;
   starts_.resize(count * pixels_ + 1);
   channels_.reserve_for(count * pixels_ * groups_ * kGroup + kMostCopied);
-  starts_.back() = list_ones(masks_.data() + first * pixels_ * groups_, count * pixels_, groups_,
-                             0, starts_.data(), channels_.data());
-}
-
-ChannelLists::ChannelLists(const SpikeLayer& layer) : layer_(layer) {
-  for (int64_t y = 0; y < layer.rows(); ++y)
-    for (int64_t x = 0; x < layer.width; ++x)
-      tile_.push_back(
-          static_cast<int32_t>((y * layer.tile_width() + x) * layer.block_channels()));
+  starts_.back() = list_ones(masks_.data() + first * pixels_ * groups_, count * pixels_, groups_, 0,
+                             starts_.data(), channels_.data());
 }
 
 void ChannelLists::sort(const SpikeReader& spikes) {
@@ -157,15 +152,18 @@ void ChannelLists::sort(const SpikeReader& spikes) {
   places_.reserve_for(total);
   numbers_.reserve_for(total);
   int32_t *next = next_.data(), *places = places_.data(), *numbers = numbers_.data();
-  for (int64_t i = 0; i < spikes.listed(); ++i, starts += spikes.pixels())
-    for (int64_t p = 0; p < spikes.pixels(); ++p) {
-      const int32_t place = static_cast<int32_t>(i * layer_.tile_elements()) + tile_[p];
-      for (int32_t e = starts[p]; e < starts[p + 1]; ++e) {
-        const int32_t number = next[channels[e]]++;
-        places[number] = place;
-        numbers[e] = number;
-      }
-    }
+  const int32_t pixel = static_cast<int32_t>(layer_.block_channels());
+  const int32_t skip = static_cast<int32_t>(layer_.tile_width() - layer_.width) * pixel;
+  for (int64_t i = 0; i < spikes.listed(); ++i) {
+    int32_t place = static_cast<int32_t>(i * layer_.tile_elements());
+    for (int64_t p = 0; p < spikes.pixels(); place += skip)
+      for (int64_t x = 0; x < layer_.width; ++x, ++p, place += pixel, ++starts)
+        for (int32_t e = starts[0]; e < starts[1]; ++e) {
+          const int32_t number = next[channels[e]]++;
+          places[number] = place;
+          numbers[e] = number;
+        }
+  }
 }
 
 void OutputLists::gather(const SpikeReader& spikes, int64_t row, int64_t rows, int64_t begin,
@@ -180,9 +178,8 @@ void OutputLists::gather(const SpikeReader& spikes, int64_t row, int64_t rows, i
   int32_t* to = rows_.data();
   for (int64_t i = 0; i < spikes.listed(); ++i)
     for (int64_t y = 0; y < lines; ++y)
-      to = gather(layer_, spikes.starts() + i * spikes.pixels(), spikes.channels(),
-                      begin + y - row, rows, starts_.data() + (i * lines + y) * across,
-                      rows_.data(), to);
+      to = gather(layer_, spikes.starts() + i * spikes.pixels(), spikes.channels(), begin + y - row,
+                  rows, starts_.data() + (i * lines + y) * across, rows_.data(), to);
   starts_.back() = static_cast<int32_t>(to - rows_.data());
 }
 

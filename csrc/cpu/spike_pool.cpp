@@ -39,9 +39,15 @@ struct SpikePool {
             bool ceil_mode)
       : y(axis(b.size(3), kernel[0], stride[0], padding[0], ceil_mode)),
         x(axis(b.size(4), kernel[1], stride[1], padding[1], ceil_mode)),
-        planes(b.size(0)), samples(b.size(1)), channels(b.size(2)), bits(data<uint8_t>(b)),
-        plane_stride(b.stride(0)), sample_stride(b.stride(1)), channel_stride(b.stride(2)),
-        row_stride(b.stride(3)), pixel_stride(b.stride(4)) {}
+        planes(b.size(0)),
+        samples(b.size(1)),
+        channels(b.size(2)),
+        bits(data<uint8_t>(b)),
+        plane_stride(b.stride(0)),
+        sample_stride(b.stride(1)),
+        channel_stride(b.stride(2)),
+        row_stride(b.stride(3)),
+        pixel_stride(b.stride(4)) {}
 
   int64_t in() const { return y.in * x.in * channels; }
   int64_t out() const { return y.out * x.out * channels; }
@@ -102,10 +108,10 @@ Tensor spike_max_pool2d(Tensor bits, Ints kernel, Ints stride, Ints padding, boo
   uint8_t* to = data<uint8_t>(out);
   parallel_items(pool.planes * pool.samples, pool.in(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      pool_image(pool,
-                 pool.bits + i / pool.samples * pool.plane_stride +
-                     i % pool.samples * pool.sample_stride,
-                 to + i * pool.out());
+      pool_image(
+          pool,
+          pool.bits + i / pool.samples * pool.plane_stride + i % pool.samples * pool.sample_stride,
+          to + i * pool.out());
   });
   return out;
 }

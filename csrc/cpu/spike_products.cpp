@@ -1,85 +1,46 @@
 // Forward product and redistribution of linear and convolution layers whose input is packed spikes
 // (spike_events.h).
-#include <cstdlib>
-#include "spike_events.h"
+#include "spike_weights.h"
 
 namespace lfp::cpu {
 namespace {
 
-constexpr int64_t kTileBytes = 32768;   // of the tiles that a walk works in: the nearest cache
-static int64_t kMostImages = getenv("SI") ? atoi(getenv("SI")) : 8;     // read at a time
+constexpr int64_t kTileBytes = 32768;    // of the tiles that a walk works in: the nearest cache
+constexpr int64_t kPanelBytes = 163840;  // of the weights of a block: pages that the TLB holds
+constexpr int64_t kMostImages = 8;       // read at a time
+constexpr int64_t kMostRows = 1 << 24;   // listed at a time, if everything fires
 
-// Strides of z and s [T, N, O, H', W'], of the weight [O, C, kh, kw].
+// Strides of z and s [T, N, O, H', W'].
 struct OutputStrides {
   int64_t step, sample, output, row, pixel;
 };
-struct WeightStrides {
-  int64_t output, channel, row, column;
-};
+template <class A>
+Buffer<A> zeros(int64_t elements) {
+  auto memory = buffer<A>(elements);
+  std::fill_n(memory.get(), elements, A(0));
+  return memory;
+}
+
+// Images whose lists are made at a time.
+int64_t images_per_list(const SpikeLayer& layer) {
+  const int64_t rows = layer.rows() * layer.width * layer.channels * layer.taps();
+  STD_TORCH_CHECK(rows <= INT32_MAX && layer.tile_elements() <= INT32_MAX,
+                  "lfp_kernels::spike_events: an image with ", rows,
+                  " products is too large for 32-bit lists");
+  return std::clamp<int64_t>(kMostRows / std::max<int64_t>(rows, 1), 1, kMostImages);
+}
 
 int64_t images_per_tile(const SpikeLayer& layer, int64_t bytes) {
   return std::clamp<int64_t>(kTileBytes / (layer.tile_elements() * bytes), 1, kMostImages);
 }
 
-// Where packed weights lie: [block][row][output of the block], zeros behind the last output. A row
-// is a tap and a channel, numbered tap by tap for the forward product, which has a row of zeros
-// behind the others, and channel by channel for the redistribution.
-struct Packing {
-  int64_t rows, tap_stride, channel_stride;
-};
-
-Packing forward_packing(const SpikeLayer& layer) {
-  return {layer.taps() * layer.channels + 1, layer.channels, 1};
-}
-
-Packing backward_packing(const SpikeLayer& layer) {
-  return {layer.taps() * layer.channels, 1, layer.taps()};
-}
-
-// f(channel, tap, first output, count of outputs, place of the packed row)
-template <class F>
-void for_each_weight_row(const SpikeLayer& layer, const Packing& packing, int64_t block, F f) {
-  const int64_t width = layer.block_channels(), first = block * width;
-  const int64_t count = std::min(width, layer.outputs - first);
-  for (int64_t c = 0; c < layer.channels; ++c)
-    for (int64_t k = 0; k < layer.taps(); ++k) {
-      const int64_t row = k * packing.tap_stride + c * packing.channel_stride;
-      f(c, k, first, count, (block * packing.rows + row) * width);
-    }
-}
-
-template <class A>
-Buffer<A> pack_weights(const SpikeLayer& layer, const Packing& packing, const A* w,
-                       const WeightStrides& stride) {
-  const int64_t block_size = packing.rows * layer.block_channels();
-  auto packed = buffer<A>(layer.blocks * block_size);
-  A* to = packed.get();
-  parallel_items(layer.blocks, block_size, [&](int64_t a, int64_t b) {
-    for (int64_t block = a; block < b; ++block) {
-      for_each_weight_row(
-          layer, packing, block,
-          [&](int64_t c, int64_t k, int64_t first, int64_t count, int64_t at) {
-            const A* from = w + first * stride.output + c * stride.channel +
-                            k / layer.kw * stride.row + k % layer.kw * stride.column;
-            for (int64_t o = 0; o < count; ++o) to[at + o] = from[o * stride.output];
-            std::fill(to + at + count, to + at + layer.block_channels(), A(0));
-          });
-      if (packing.rows > layer.taps() * layer.channels)
-        std::fill_n(to + (block + 1) * block_size - layer.block_channels(),
-                    layer.block_channels(), A(0));
-    }
-  });
-  return packed;
-}
-
 // f(part, first image, last image), in parallel; the parts depend on the number of threads only.
 int64_t parts_of(const SpikeLayer& layer) {
   if (layer.images() == 0) return 0;
-  const int64_t work = layer.images() * layer.rows() * layer.width * layer.channels *
-                       layer.taps() * layer.outputs;
-  return work < kProductGrain
-             ? 1
-             : std::min<int64_t>(torch::stable::get_num_threads(), layer.images());
+  const int64_t work =
+      layer.images() * layer.rows() * layer.width * layer.channels * layer.taps() * layer.outputs;
+  return work < kProductGrain ? 1
+                              : std::min<int64_t>(torch::stable::get_num_threads(), layer.images());
 }
 
 template <class F>
@@ -90,13 +51,6 @@ void for_each_part(const SpikeLayer& layer, F f) {
   };
   if (parts <= 1) return run(0, parts);
   torch::stable::parallel_for(0, parts, 1, run);
-}
-
-// f(step, tiles' first image, count of images) for the tiles of the images.
-template <class F>
-void for_each_tile(const SpikeImages& images, int64_t most, F f) {
-  for (int64_t first = 0; first < images.count; first += most)
-    f(first, std::min(most, images.count - first));
 }
 
 // The output rows that a block of rows decides about: its own, and where nothing else reaches.
@@ -115,7 +69,8 @@ void forward(const SpikeLayer& layer, const A* packed, const A* bias, const Outp
              A* z) {
   const auto walks = spike_walks_of_this_processor<A>();
   const int64_t width = layer.block_channels();
-  const int64_t block_size = forward_packing(layer).rows * width, most = kMostImages;
+  const int64_t block_size = (layer.taps() * layer.channels + 1) * width,
+                most = images_per_list(layer);
   std::vector<A> start(layer.blocks * width);
   if (bias) std::copy_n(bias, layer.outputs, start.begin());
   for_each_part(layer, [&](int64_t, int64_t begin, int64_t end) {
@@ -143,44 +98,54 @@ template <class A>
 struct Feedback {
   const A *packed, *signal;
   OutputStrides stride;
-  A* input = nullptr;  // [T, N, H, W, C]
-  bool weight = false, bias = false;
-  std::vector<Buffer<A>> weight_sums;        // per part, packed
+  A* input = nullptr;                          // [T, N, H, W, C]
+  std::vector<Buffer<A>> weight_sums;          // per part, packed
   std::vector<std::vector<double>> bias_sums;  // per part
 };
 
-// The signals of a block of outputs in the tile, zeros around them; adds them up for the bias.
+// from[0 .. L - 1] to `to` and added to sums; with count < L, zeros behind count.
+template <int64_t L, class A>
+LFP_HD void read_lanes(const A* from, int64_t stride, int64_t count, A* to, A* sums) {
+  if (stride == 1 && count >= L) {
+    for (int64_t o = 0; o < L; ++o) to[o] = from[o];
+    for (int64_t o = 0; o < L; ++o) sums[o] += to[o];
+    return;
+  }
+  for (int64_t o = 0; o < L; ++o) to[o] = o < count ? from[o * stride] : A(0);
+  for (int64_t o = 0; o < L; ++o) sums[o] += to[o];
+}
+
+// The signals of an image, read once, in its tiles: `tile` of the first block of outputs, `between`
+// elements before the next block's. The borders of the tiles stay as they are. Adds the signals up.
 template <class A>
 LFP_CLONES void read_signals(const SpikeLayer& layer, const OutputRows& rows, const A* s,
-                             const OutputStrides& stride, int64_t count, A* tile, double* sums) {
+                             const OutputStrides& stride, int64_t between, A* tile, A* total,
+                             A* outside, double* sums) {
+  constexpr int64_t L = kSpikeLanes<A>;
   const int64_t width = layer.block_channels(), shift = layer.kw - 1 - layer.pw;
-  const int64_t left = std::max<int64_t>(0, -shift);
-  const int64_t right = std::min(layer.out_width(), layer.tile_width() - shift);
-  std::fill_n(tile, layer.tile_elements(), A(0));
+  const int64_t left = -shift, right = layer.tile_width() - shift;
+  std::fill_n(total, layer.blocks * width, A(0));
   for (int64_t y = rows.begin; y < rows.end; ++y) {
     const int64_t line = y + rows.shift;
-    if (line >= 0 && line < layer.tile_height())
-      for (int64_t x = left; x < right; ++x) {
-        const A* from = s + y * stride.row + x * stride.pixel;
-        A* to = tile + (line * layer.tile_width() + x + shift) * width;
-        if (stride.output == 1)
-          for (int64_t o = 0; o < count; ++o) to[o] = from[o];
-        else
-          for (int64_t o = 0; o < count; ++o) to[o] = from[o * stride.output];
-      }
-    if (!sums) continue;
-    A row[kMostSlots * kSpikeLanes<float>] = {};
-    for (int64_t x = 0; x < layer.out_width(); ++x)
-      for (int64_t o = 0; o < count; ++o)
-        row[o] += s[y * stride.row + x * stride.pixel + o * stride.output];
-    for (int64_t o = 0; o < count; ++o) sums[o] += row[o];
+    const bool inside = line >= 0 && line < layer.tile_height();
+    for (int64_t x = 0; x < layer.out_width(); ++x) {
+      const A* from = s + y * stride.row + x * stride.pixel;
+      const bool here = inside && x >= left && x < right;
+      A* to = here ? tile + (line * layer.tile_width() + x + shift) * width : outside;
+      int64_t o = 0;
+      for (int64_t b = 0; b < layer.blocks; ++b, to += here ? between : 0)
+        for (int64_t v = 0; v < width; v += L, o += L)
+          read_lanes<L>(from + o * stride.output, stride.output, layer.outputs - o, to + v,
+                        total + o);
+    }
   }
+  for (int64_t o = 0; o < layer.outputs; ++o) sums[o] += total[o];
 }
 
 // [T, N, H, W, C]: 0 but at the spikes.
 template <class A>
-void write_input_rewards(const SpikeLayer& layer, const SpikeReader& spikes,
-                         const int32_t* numbers, const A* dots, int64_t stride, A* to) {
+void write_input_rewards(const SpikeLayer& layer, const SpikeReader& spikes, const int32_t* numbers,
+                         const A* dots, int64_t stride, A* to) {
   const int32_t *starts = spikes.starts(), *channels = spikes.channels();
   for (int64_t i = 0; i < spikes.listed(); ++i, to += stride, starts += spikes.pixels()) {
     std::fill_n(to, spikes.pixels() * layer.channels, A(0));
@@ -194,67 +159,49 @@ template <class A>
 void redistribute(const SpikeLayer& layer, Feedback<A>& f) {
   const auto walks = spike_walks_of_this_processor<A>();
   const auto offsets = layer.slot_offsets();
-  const int64_t most = images_per_tile(layer, sizeof(A)), width = layer.block_channels();
-  const int64_t row = layer.slots() * layer.lanes;
+  const int64_t listed = images_per_list(layer);
+  const int64_t most = std::min(images_per_tile(layer, sizeof(A)), listed);
+  const int64_t width = layer.block_channels();
+  const int64_t row = layer.slots() * layer.lanes, block_size = layer.channels * row;
   const int64_t image = layer.height * layer.width * layer.channels;
   f.weight_sums.resize(parts_of(layer));
   f.bias_sums.resize(parts_of(layer));
   for_each_part(layer, [&](int64_t part, int64_t begin, int64_t end) {
-    SpikeReader spikes(layer);
-    ChannelLists lists(layer);
-    const auto tile = buffer<A>(most * layer.tile_elements());
     auto& sums = f.weight_sums[part];
-    sums = buffer<A>(layer.blocks * layer.channels * row);
-    std::fill_n(sums.get(), layer.blocks * layer.channels * row, A(0));
+    sums = zeros<A>(layer.blocks * block_size);
     auto& bias = f.bias_sums[part];
     bias.assign(layer.blocks * width, 0.0);
-    std::vector<A> dots;
-    for_each_images(layer, begin, end, kMostImages, [&](const SpikeImages& images) {
+    const int64_t between = most * layer.tile_elements();
+    const auto tiles = zeros<A>(layer.blocks * between);
+    std::vector<A> total(layer.blocks * width), outside(width), dots;
+    SpikeReader spikes(layer);
+    ChannelLists lists(layer);
+    for_each_images(layer, begin, end, listed, [&](const SpikeImages& images) {
       spikes.read(images);
       const OutputRows rows(layer, images);
-      for_each_tile(images, most, [&](int64_t first, int64_t count) {
+      for (int64_t first = 0; first < images.count; first += most) {
+        const int64_t count = std::min(most, images.count - first);
+        const int64_t step = images.step + first;
         spikes.list(first, count);
         lists.sort(spikes);
-        dots.assign(spikes.total(), A(0));
-        for (int64_t b = 0; b < layer.blocks; ++b) {
-          for (int64_t i = 0; i < count; ++i)
-            read_signals(layer, rows,
-                         f.signal + (images.step + first + i) * f.stride.step +
-                             images.sample * f.stride.sample + b * width * f.stride.output,
-                         f.stride, std::min(width, layer.outputs - b * width),
-                         tile.get() + i * layer.tile_elements(),
-                         f.bias ? bias.data() + b * width : nullptr);
-          int64_t at = b * layer.channels * row;
+        dots.assign(spikes.total() + 3, A(0));
+        for (int64_t i = 0; i < count; ++i)
+          read_signals(layer, rows,
+                       f.signal + (step + i) * f.stride.step + images.sample * f.stride.sample,
+                       f.stride, between, tiles.get() + i * layer.tile_elements(), total.data(),
+                       outside.data(), bias.data());
+        int64_t at = 0;
+        for (int64_t b = 0; b < layer.blocks; ++b)
           for (int64_t c = 0; c < layer.channels; ++c, at += row)
-            walks.collect(lists.places() + lists.begin(c), lists.begin(c + 1) - lists.begin(c),
-                          offsets.data(), layer.slots(), f.packed + at, tile.get(),
-                         sums.get() + at, dots.data() + lists.begin(c));
-        }
-        if (!f.input) return;
-        write_input_rewards(
-            layer, spikes, lists.numbers(), dots.data(), layer.samples * image,
-            f.input + ((images.step + first) * layer.samples + images.sample) * image +
-                images.row * layer.width * layer.channels);
-      });
+            walks.collect(lists.places(c), lists.count(c), offsets.data(), layer.slots(),
+                          f.packed + at, tiles.get() + b * between, sums.get() + at,
+                          dots.data() + lists.number(c));
+        if (f.input)
+          write_input_rewards(layer, spikes, lists.numbers(), dots.data(), layer.samples * image,
+                              f.input + (step * layer.samples + images.sample) * image +
+                                  images.row * layer.width * layer.channels);
+      }
     });
-  });
-}
-
-// The sums of all parts, in order, times |W|, as [O, C, kh, kw].
-template <class A>
-void finish_weights(const SpikeLayer& layer, const Feedback<A>& f, bool magnitude, A* out) {
-  parallel_items(layer.blocks, layer.channels * layer.slots() * layer.lanes, [&](int64_t a, int64_t b) {
-    for (int64_t block = a; block < b; ++block)
-      for_each_weight_row(
-          layer, backward_packing(layer), block,
-          [&](int64_t c, int64_t k, int64_t first, int64_t count, int64_t at) {
-            for (int64_t o = 0; o < count; ++o) {
-              A sum(0);
-              for (const auto& part : f.weight_sums) sum += part[at + o];
-              if (magnitude) sum *= std::abs(f.packed[at + o]);
-              out[((first + o) * layer.channels + c) * layer.taps() + k] = sum;
-            }
-          });
   });
 }
 
@@ -274,8 +221,9 @@ Tensor run_forward(SpikeLayer layer, const Tensor& weight, const WeightStrides& 
   dispatch_float(weight.scalar_type(), op, [&](auto element) {
     using A = decltype(element);
     if (z.numel() == 0) return;
-    layer.cut_outputs<A>(getenv("SV") ? atoi(getenv("SV")) : kMostSums);
-    const auto packed = pack_weights(layer, forward_packing(layer), data<A>(weight), weight_stride);
+    const int64_t panel = (layer.taps() * layer.channels + 1) * kSpikeLanes<A> * sizeof(A);
+    layer.cut_outputs<A>(std::clamp<int64_t>(kPanelBytes / panel, 2, kMostSums));
+    const auto packed = pack_weights(layer, Packing(layer, true), data<A>(weight), weight_stride);
     const int64_t pixel = layer.outputs, row = layer.out_width() * pixel;
     const int64_t sample = layer.out_height() * row;
     forward<A>(layer, packed.get(), bias ? data<A>(*bias) : nullptr,
@@ -290,10 +238,10 @@ struct Wanted {
 
 using Tensors = std::tuple<Tensor, Tensor, Tensor>;
 
-Tensors run_redistribute(SpikeLayer layer, const Tensor& weight,
-                         const WeightStrides& weight_stride, std::optional<Tensor> bias,
-                         const Tensor& signal, const OutputStrides& stride, const Wanted& want,
-                         const Ints& input_size, const char* op) {
+Tensors run_redistribute(SpikeLayer layer, const Tensor& weight, const WeightStrides& weight_stride,
+                         std::optional<Tensor> bias, const Tensor& signal,
+                         const OutputStrides& stride, const Wanted& want, const Ints& input_size,
+                         const char* op) {
   Tensor input = want.input ? empty_like(weight, input_size) : none_like(weight);
   Tensor dw = want.weight ? empty_like(weight, Ints(weight.sizes().begin(), weight.sizes().end()))
                           : none_like(weight);
@@ -303,14 +251,13 @@ Tensors run_redistribute(SpikeLayer layer, const Tensor& weight,
     using A = decltype(element);
     if (layer.outputs == 0) return void(std::fill_n(data<A>(input), input.numel(), A(0)));
     layer.cut_outputs<A>(kMostSlots / layer.taps());
-    const auto packed =
-        pack_weights(layer, backward_packing(layer), data<A>(weight), weight_stride);
+    const Packing packing(layer, false);
+    const auto packed = pack_weights(layer, packing, data<A>(weight), weight_stride);
     Feedback<A> f{packed.get(), data<A>(signal), stride};
     f.input = want.input ? data<A>(input) : nullptr;
-    f.weight = want.weight;
-    f.bias = want.bias;
     redistribute(layer, f);
-    if (want.weight) finish_weights(layer, f, want.magnitude, data<A>(dw));
+    if (want.weight)
+      finish_weights(layer, packing, packed.get(), f.weight_sums, want.magnitude, data<A>(dw));
     for (int64_t o = 0; want.bias && o < layer.outputs; ++o) {
       double sum = 0;
       for (const auto& part : f.bias_sums) sum += part[o];
@@ -322,16 +269,30 @@ Tensors run_redistribute(SpikeLayer layer, const Tensor& weight,
 
 SpikeLayer linear_layer(const Tensor& bits, int64_t steps, const Tensor& weight) {
   const int64_t samples = bits.size(1);
-  return {steps,          1, weight.size(1), samples, 1, weight.size(0), 1, 1, 0, 0,
-          data<uint8_t>(bits), bits.stride(0), 0, bits.stride(2), bits.stride(1), 0};
+  return {steps,
+          1,
+          weight.size(1),
+          samples,
+          1,
+          weight.size(0),
+          1,
+          1,
+          0,
+          0,
+          data<uint8_t>(bits),
+          bits.stride(0),
+          0,
+          bits.stride(2),
+          bits.stride(1),
+          0};
 }
 
 SpikeLayer conv_layer(const Tensor& bits, int64_t steps, const Tensor& weight,
                       const Ints& padding) {
-  return {steps,          bits.size(1),   bits.size(2),   bits.size(3),        bits.size(4),
-          weight.size(0), weight.size(2), weight.size(3), padding[0],          padding[1],
-          data<uint8_t>(bits),  bits.stride(0), bits.stride(1), bits.stride(2),
-          bits.stride(3), bits.stride(4)};
+  return {steps,          bits.size(1),   bits.size(2),        bits.size(3),
+          bits.size(4),   weight.size(0), weight.size(2),      weight.size(3),
+          padding[0],     padding[1],     data<uint8_t>(bits), bits.stride(0),
+          bits.stride(1), bits.stride(2), bits.stride(3),      bits.stride(4)};
 }
 
 WeightStrides strides_of(const Tensor& w) {
@@ -356,10 +317,9 @@ Tensors spike_linear_redistribute(Tensor bits, int64_t steps, Tensor weight,
 Tensor spike_conv2d_forward(Tensor bits, int64_t steps, Tensor weight, std::optional<Tensor> bias,
                             Ints padding) {
   const SpikeLayer layer = conv_layer(bits, steps, weight, padding);
-  return run_forward(
-      layer, weight, strides_of(weight), bias,
-      {steps, layer.samples, layer.out_height(), layer.out_width(), layer.outputs},
-      "spike_conv2d_forward");
+  return run_forward(layer, weight, strides_of(weight), bias,
+                     {steps, layer.samples, layer.out_height(), layer.out_width(), layer.outputs},
+                     "spike_conv2d_forward");
 }
 
 Tensors spike_conv2d_redistribute(Tensor bits, int64_t steps, Tensor weight,

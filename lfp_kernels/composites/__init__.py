@@ -15,11 +15,12 @@ from .feedback import (
 )  # fmt: skip
 from .redistribution import backward, check_finite
 from .relevance import Epsilon, EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlus
+from .transformer import Transformer
 
 __all__ = [
     "DEFAULTS", "DROPOUTS", "FIRST", "LAYERS", "Attachment", "BatchSignSymmetry", "Composite",
     "DirectFeedbackAlignment", "Epsilon", "EpsilonAlpha2Beta1", "EpsilonGammaBox", "EpsilonPlus",
     "FeedbackAlignment", "FixedSignSymmetry", "KolenPollack", "LayerRule", "LinBP",
-    "NoisyFeedbackAlignment", "NonlinearFeedback", "TargetFeedback", "UniformSignSymmetry",
-    "WeightMirror", "backward", "check_finite",
+    "NoisyFeedbackAlignment", "NonlinearFeedback", "TargetFeedback", "Transformer",
+    "UniformSignSymmetry", "WeightMirror", "backward", "check_finite",
 ]  # fmt: skip

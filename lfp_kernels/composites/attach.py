@@ -37,6 +37,8 @@ class Attachment:
         self.function_rule = composite.function_rule
         self.product_dtype = composite.product_dtype
         self.names_left_out: set[str] = set()
+        self.running = 0  # forward calls that have the rules around them
+        self._replaced: list[tuple[nn.Module, Any]] = []
         self._spiking: dict[nn.Module, Any] = {}
         self.linear = False  # LinBP: activations pass rewards unchanged from here on
         # A parameter's rule is that of the layer that owns it.
@@ -65,19 +67,50 @@ class Attachment:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.linear = self.composite.begins_linear(None)
-            with RewardMode(self):
+            with RewardMode(self), self:
                 return self.composite.finish(original(*args, **kwargs))
 
+        for module in self.model.modules():
+            replacement = self.composite.as_one_call(module)
+            if replacement is None and self.composite.reenters and module is not self.model:
+                replacement = self._reentered(module)
+            if replacement is not None:
+                self._replaced.append((module, module.__dict__.get("forward")))
+                module.__dict__["forward"] = replacement
         # Straight into __dict__: nothing of the module's registries changes.
         self.model.__dict__["forward"] = forward
         self.model.__dict__[MARK] = self
 
+    def _reentered(self, module: nn.Module) -> Callable[..., Any] | None:
+        """A forward that has the rules even where the model's own is not at work around it: a part
+        that activation checkpointing runs again during backward."""
+        if not any(True for _ in module.children()):
+            return None
+        original = module.forward
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.running:
+                return original(*args, **kwargs)
+            with RewardMode(self), self:
+                return original(*args, **kwargs)
+
+        return forward
+
+    def __enter__(self) -> None:
+        self.running += 1
+
+    def __exit__(self, *error: Any) -> None:
+        self.running -= 1
+
     def remove(self) -> None:
         del self.model.__dict__[MARK]
-        if self._own_forward is None:
-            del self.model.__dict__["forward"]
-        else:
-            self.model.__dict__["forward"] = self._own_forward
+        for module, before in [(self.model, self._own_forward), *self._replaced]:
+            if before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = before
+        self._replaced.clear()
 
     def rule_of_weight(self, weight: Tensor) -> LayerRule:
         found = self._rules.get(id(weight)) or LayerRule(self.composite.rule)

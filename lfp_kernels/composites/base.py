@@ -130,6 +130,8 @@ class Composite:
         for name, module in model.named_modules():
             if isinstance(module, LAYERS) or not type(module).__module__.startswith("torch.nn"):
                 continue
+            if self.knows(module):
+                continue
             if any(p.requires_grad for p in module.parameters(recurse=False)):
                 known = ", ".join(sorted(layer.__name__ for layer in LAYERS))
                 raise ValueError(
@@ -152,6 +154,22 @@ class Composite:
                     f"composite: layers: no module is named {selector!r}; the layers with a rule "
                     f"are: {known or 'none'}"
                 )
+
+    # -- what composites of functions beside layers override
+
+    reenters = False  # parts of the model may run again by themselves (activation checkpointing)
+
+    def handlers(self) -> dict[Any, Any]:
+        """Rules of torch functions, in front of those that every composite has."""
+        return {}
+
+    def knows(self, module: nn.Module) -> bool:
+        """Whether a module of torch.nn that is not in ``LAYERS`` has a rule here."""
+        return False
+
+    def as_one_call(self, module: nn.Module) -> Callable[..., Any] | None:
+        """What to run in place of ``module``'s forward while attached, or None."""
+        return None
 
     # -- what the feedback-alignment family overrides
 

@@ -2,6 +2,13 @@
 
 from .activation import step
 from .alignment import alignment_sums
+from .attention import (
+    NormFeedback,
+    attention,
+    attention_redistribute,
+    norm_redistribute,
+    softmax_redistribute,
+)
 from .combine import dropout, dropout_redistribute, sum_redistribute
 from .composed import Redistributed
 from .conv import (
@@ -50,12 +57,15 @@ __all__ = [
     "ConvGeometry",
     "LIFFeedback",
     "LIFResult",
+    "NormFeedback",
     "PackedSpikes",
     "Redistributed",
     "adaptive_avg_pool_redistribute",
     "adaptive_max_pool",
     "add_noise",
     "alignment_sums",
+    "attention",
+    "attention_redistribute",
     "avg_pool",
     "avg_pool_redistribute",
     "batch_norm",
@@ -79,7 +89,9 @@ __all__ = [
     "linear_redistribute_update",
     "max_pool",
     "max_pool_redistribute",
+    "norm_redistribute",
     "optimizer_update",
+    "softmax_redistribute",
     "spike_conv",
     "spike_conv_redistribute",
     "spike_lif_feedback",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as TF
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from ...rules import accumulate_dtype
 
@@ -86,7 +87,7 @@ def spike_conv2d_redistribute(
         reward = _last((x * dx.unflatten(0, x.shape[:2])).to(weight.dtype))
     dw = torch.zeros_like(w)
     if need_weight and flat.numel():
-        dw = torch.nn.grad.conv2d_weight(x.flatten(0, 1), w.shape, flat, padding=padding)
+        dw = conv2d_weight(x.flatten(0, 1), w.shape, flat, padding=padding)
     return reward, *_feedback(
         weight, bias, dw, s.sum((0, 1, 3, 4)), magnitude, need_weight, need_bias
     )
@@ -98,7 +99,8 @@ def spike_max_pool2d(
 ) -> Tensor:  # fmt: skip
     """Bits [P, N, C, H', W']: a window fires at a step where one of its neurons does."""
     x = _unpack(bits, _STEPS * bits.shape[0], torch.float32)
-    z = TF.max_pool2d(x.flatten(0, 1), kernel, stride, padding, ceil_mode=ceil_mode)
+    window = tuple(kernel), tuple(stride), tuple(padding)
+    z = TF.max_pool2d(x.flatten(0, 1), *window, ceil_mode=ceil_mode)
     return _last(_pack(z.unflatten(0, x.shape[:2]) > 0))
 
 
@@ -112,9 +114,8 @@ def spike_max_pool2d_redistribute(
     """
     acc = accumulate_dtype(reward.dtype)
     x = _unpack(bits, reward.shape[0], acc)
-    z, index = TF.max_pool2d(
-        x.flatten(0, 1), kernel, stride, padding, ceil_mode=ceil_mode, return_indices=True
-    )
+    window = tuple(kernel), tuple(stride), tuple(padding)
+    z, index = TF.max_pool2d(x.flatten(0, 1), *window, ceil_mode=ceil_mode, return_indices=True)
     r = torch.where(z > 0, reward.to(acc).flatten(0, 1), 0.0)
     out = x.new_zeros(x.shape).flatten(0, 1).flatten(2)
     out.scatter_add_(2, index.flatten(2), r.flatten(2))

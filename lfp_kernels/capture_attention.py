@@ -1,0 +1,338 @@
+"""What a transformer's forward calls beside layers, and the rule of each call."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+
+from . import autograd
+from . import autograd_attention as R
+from .capture import TABLE, Handler, _bind
+
+if TYPE_CHECKING:
+    from .composites import Attachment
+    from .composites.transformer import Transformer
+
+
+def _active(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _of(at: Attachment) -> Transformer:
+    return at.composite  # type: ignore[return-value]
+
+
+def _softmax(
+    at: Attachment, x: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None, **_: Any
+) -> Tensor:
+    return R.SoftmaxReward.apply(x, -1 if dim is None else dim, dtype)
+
+
+def _product(at: Attachment, function: Any, a: Tensor, b: Tensor, **options: Any) -> Tensor:
+    """A product of two activations halves the reward; that with a constant hands it on."""
+    both = _active(a) and _active(b)
+    shares = (0.5, 0.5) if both else (1.0, 1.0)
+    return R.ProductReward.apply(a, b, lambda x, y: function(x, y, **options), shares, _of(at).eps)
+
+
+def _einsum(at: Attachment, equation: str, *operands: Any) -> Tensor:
+    tensors = operands[0] if isinstance(operands[0], (list, tuple)) else operands
+    if len(tensors) != 2:
+        at.left_out(torch.einsum, tensors, {})
+        return torch.einsum(equation, *operands)
+    return _product(at, lambda a, b: torch.einsum(equation, a, b), *tensors)
+
+
+def _baddbmm(
+    at: Attachment, input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    z = _product(at, lambda x, y: alpha * torch.bmm(x, y), a, b)
+    return z if beta == 0 else TABLE[torch.add](at, z, beta * input)
+
+
+def _multiply(at: Attachment, function: Any, a: Any, b: Any) -> Any:
+    """Numbers and constants hand the reward on; of two activations each gets half, or the gate
+    (the one behind an activation function) nothing."""
+    if not (_active(a) and _active(b)):
+        x, other = (a, b) if _active(a) else (b, a)
+        forward = function if x is a else lambda v, w: function(w, v)
+        return autograd.IdentityReward.apply(x, lambda v: forward(v, other), False)
+    if function is not operator.mul:
+        at.left_out(function, (a, b), {})
+        return function(a, b)
+    shares = (0.5, 0.5)
+    if _of(at).gate == "identity":
+        gated = [type(t.grad_fn).__name__.startswith("IdentityReward") for t in (a, b)]
+        if gated[0] != gated[1]:
+            shares = (0.0, 1.0) if gated[0] else (1.0, 0.0)
+    return R.ProductReward.apply(a, b, function, shares, _of(at).eps)
+
+
+def _attention(
+    at: Attachment, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    if enable_gqa:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+        v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
+    seed = int(torch.randint(2**31, ())) if dropout_p else 0
+    options = {"causal": is_causal, "scale": scale, "dropout": dropout_p, "seed": seed}
+    return R.AttentionReward.apply(q, k, v, attn_mask, options, _of(at).eps)
+
+
+def _multi_head(
+    at: Attachment, query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check: int,
+    num_heads: int, in_proj_weight: Any, in_proj_bias: Any, bias_k: Any, bias_v: Any,
+    add_zero_attn: bool, dropout_p: float, out_proj_weight: Tensor, out_proj_bias: Any,
+    training: bool = True, key_padding_mask: Any = None, need_weights: bool = True,
+    attn_mask: Any = None, use_separate_proj_weight: bool = False, q_proj_weight: Any = None,
+    k_proj_weight: Any = None, v_proj_weight: Any = None, static_k: Any = None,
+    static_v: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """nn.MultiheadAttention: its projections are linear layers, the rest is attention."""
+    if bias_k is not None or add_zero_attn or static_k is not None or static_v is not None:
+        raise ValueError(
+            "composite: multi_head_attention: expected add_bias_kv=False and add_zero_attn=False; "
+            "appended keys have no rule"
+        )
+    if need_weights:
+        raise ValueError(
+            "composite: multi_head_attention: need_weights: expected False while attached; the "
+            "probabilities are never kept"
+        )
+    weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+    if not use_separate_proj_weight:
+        weights = in_proj_weight.chunk(3)
+    layer = at.rule_of_weight(q_proj_weight if use_separate_proj_weight else in_proj_weight)
+    biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+
+    def heads(x: Tensor, weight: Tensor, bias: Any) -> Tensor:  # [L, N, E] -> [N, heads, L, E / h]
+        z = autograd.LinearReward.apply(x, weight, bias, None, layer, at.product_dtype(x))
+        return z.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3)
+
+    batched = query.dim() == 3
+    inputs = [x if batched else x.unsqueeze(1) for x in (query, key, value)]
+    q, k, v = (heads(x, w, b) for x, w, b in zip(inputs, weights, biases))
+    mask = attn_mask
+    if mask is not None:
+        mask = ~mask if mask.dtype == torch.bool else mask
+        mask = mask if mask.dim() == 2 else mask.view(-1, num_heads, *mask.shape[1:])
+    if key_padding_mask is not None:
+        padding = key_padding_mask if batched else key_padding_mask[None]
+        padding = ~padding if padding.dtype == torch.bool else padding
+        padding = padding[:, None, None, :]
+        if mask is None:
+            mask = padding
+        elif mask.dtype == torch.bool and padding.dtype == torch.bool:
+            mask = mask & padding
+        else:
+            mask = _added(mask, q.dtype) + _added(padding, q.dtype)
+    drop = dropout_p if training else 0.0
+    function = TF.scaled_dot_product_attention
+    attend = _of(at).handlers()[function]
+    y = attend(at, q, k, v, attn_mask=mask, dropout_p=drop, is_causal=is_causal and mask is None)
+    y = y.permute(2, 0, 1, 3).flatten(-2)
+    out_layer = at.rule_of_weight(out_proj_weight)
+    z = autograd.LinearReward.apply(
+        y, out_proj_weight, out_proj_bias, None, out_layer, at.product_dtype(y)
+    )
+    return (z if batched else z.squeeze(1)), None
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -float("inf"))
+
+
+def _norm(at: Attachment, x: Tensor, weight: Any, bias: Any, function: Any, **kind: Any) -> Tensor:
+    options = {**kind, "stabilizer": _of(at).eps, "identity": _of(at).mode == "attnlrp"}
+    return R.NormReward.apply(x, weight, bias, function, options)
+
+
+def _layer_norm(
+    at: Attachment, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    shape = tuple(normalized_shape)
+    flat = input.flatten(-len(shape)) if weight is None and len(shape) > 1 else input
+
+    def norm(x: Tensor) -> Tensor:
+        return TF.layer_norm(x.view(input.shape), shape, weight, bias, eps).view(x.shape)
+
+    return _norm(at, flat, weight, bias, norm, eps=eps).view(input.shape)
+
+
+def _rms_norm(
+    at: Attachment, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:  # fmt: skip
+    epsilon = torch.finfo(input.dtype).eps if eps is None else eps
+    return _norm(
+        at, input, weight, None, lambda x: TF.rms_norm(x, tuple(normalized_shape), weight, epsilon),
+        centred=False, eps=epsilon,
+    )  # fmt: skip
+
+
+def _group_norm(
+    at: Attachment, input: Tensor, num_groups: int, weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    return _norm(
+        at, input, weight, bias, lambda x: TF.group_norm(x, num_groups, weight, bias, eps),
+        groups=num_groups, eps=eps,
+    )  # fmt: skip
+
+
+def _embedding(
+    at: Attachment, input: Tensor, weight: Tensor, padding_idx: int | None = None,
+    max_norm: float | None = None, norm_type: float = 2.0, scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:  # fmt: skip
+    if max_norm is not None or scale_grad_by_freq:
+        raise ValueError(
+            "composite: embedding: expected max_norm=None and scale_grad_by_freq=False; rows that "
+            "change in forward have no rule"
+        )
+    return R.EmbeddingReward.apply(weight, input, padding_idx, sparse, _of(at).eps)
+
+
+def _addmm(at: Attachment, input: Tensor, x: Tensor, weight: Tensor, **scale: Any) -> Tensor:
+    """A linear layer that keeps its weight as [I, O] (GPT-2's Conv1D)."""
+    if any(value != 1 for value in scale.values()):
+        at.left_out(torch.addmm, (input, x, weight), {})
+        return torch.addmm(input, x, weight, **scale)
+    layer = at.rule_of_weight(weight)
+    return autograd.LinearReward.apply(
+        x, weight.t(), input, layer.matrix, layer, at.product_dtype(x)
+    )
+
+
+def _add(at: Attachment, input: Any, other: Any, **options: Any) -> Any:
+    """A constant (an attention mask, a table of sines) takes no relevance."""
+    if _active(input) and _active(other):
+        return TABLE[torch.add](at, input, other, **options)
+    first = _active(input)
+
+    def add(v: Tensor) -> Tensor:
+        return torch.add(v, other, **options) if first else torch.add(input, v, **options)
+
+    return autograd.IdentityReward.apply(input if first else other, add, False)
+
+
+def _subtract(at: Attachment, a: Any, b: Any, *, alpha: Any = 1) -> Any:
+    minus = autograd.IdentityReward.apply(b, lambda v: -alpha * v, False) if _active(b) else -b
+    return _add(at, a, minus)
+
+
+def _negative(at: Attachment, x: Tensor) -> Tensor:
+    return autograd.IdentityReward.apply(x, torch.neg, False)
+
+
+def _plain(at: Attachment, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """The gradient acts on the reward."""
+    return function(*args, **kwargs)
+
+
+_SOFTMAX: tuple[Any, ...] = (torch.softmax, TF.softmax, Tensor.softmax)
+_MATMUL: tuple[Any, ...] = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+_MULTIPLY: tuple[tuple[Any, ...], Any] = (
+    (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__),
+    operator.mul,
+)
+_DIVIDE: tuple[tuple[Any, ...], Any] = (
+    (torch.div, Tensor.div, Tensor.__truediv__),
+    operator.truediv,
+)
+_ADD: tuple[Any, ...] = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+_SUBTRACT: tuple[Any, ...] = (torch.sub, Tensor.sub, Tensor.__sub__)
+_NEGATE: tuple[Any, ...] = (torch.neg, Tensor.neg, Tensor.__neg__)
+_ROUTES: tuple[Any, ...] = (
+    torch.where,
+    Tensor.where,
+    torch.masked_fill,
+    Tensor.masked_fill,
+    Tensor.triu,
+)
+
+
+def _shared() -> dict[Any, Handler]:
+    table: dict[Any, Handler] = {
+        TF.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, TF.rms_norm: _rms_norm,
+        TF.group_norm: _group_norm, TF.embedding: _embedding, torch.addmm: _addmm,
+        TF.multi_head_attention_forward: _multi_head,
+    }  # fmt: skip
+    for function in _ADD:
+        table[function] = _add
+    for function in _ROUTES:
+        table[function] = _bind(_plain, function)
+    return table
+
+
+def _attnlrp() -> dict[Any, Handler]:
+    table = _shared()
+    for function in _SUBTRACT:
+        table[function] = _subtract
+    for function in _NEGATE:
+        table[function] = _negative
+    for function in _SOFTMAX:
+        table[function] = _softmax
+    for function in _MATMUL:
+        table[function] = _bind(_product, function)
+    table[torch.einsum], table[torch.baddbmm] = _einsum, _baddbmm
+    table[TF.scaled_dot_product_attention] = _attention
+    for functions, operation in (_MULTIPLY, _DIVIDE):
+        for function in functions:
+            table[function] = _bind(_multiply, operation)
+    return table
+
+
+def _gradient() -> dict[Any, Handler]:
+    """Softmax, products and attention as autograd derives them."""
+    table = _shared()
+    others = (torch.einsum, torch.baddbmm, TF.scaled_dot_product_attention)
+    for function in (
+        *_SOFTMAX,
+        *_MATMUL,
+        *_MULTIPLY[0],
+        *_DIVIDE[0],
+        *_SUBTRACT,
+        *_NEGATE,
+        *others,
+    ):
+        table[function] = _bind(_plain, function)
+    return table
+
+
+def _copying(table: dict[Any, Handler]) -> dict[Any, Handler]:
+    """Every operand of a sum gets the whole reward."""
+    return {**table, **{function: _bind(_plain, function) for function in _ADD}}
+
+
+TABLES: dict[tuple[str, str], dict[Any, Handler]] = {
+    (mode, residual): table if residual == "epsilon" else _copying(table)
+    for mode, table in (("plain", _gradient()), ("attnlrp", _attnlrp()))
+    for residual in ("epsilon", "gradient")
+}
+
+# Modules of other packages that spell one function as many: by the name of their class.
+_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Phi3RMSNorm", "T5LayerNorm")
+
+
+def as_one_call(module: nn.Module) -> Callable[..., Any] | None:
+    """A forward that makes one call of what ``module`` computes by many, or None."""
+    name, package = type(module).__name__, type(module).__module__
+    if name in _RMS_NORMS:
+        weight: Any = module.weight
+        eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        return lambda x: TF.rms_norm(x, weight.shape, weight, eps)
+    if package == "transformers.activations" and not list(module.children()):
+        original = module.forward
+        return lambda x: autograd.IdentityReward.apply(x, original, False)
+    return None

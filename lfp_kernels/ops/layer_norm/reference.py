@@ -1,0 +1,50 @@
+"""Relevance through layer, RMS and group normalisation, in plain PyTorch (docs/math.md, section 7).
+
+Rows are normalised over their last dimension: ``z = xhat * weight + bias``, with
+``xhat = (x - mean) * invstd``, where an RMS norm has no mean. weight and bias broadcast to rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...rules import accumulate_dtype, stabilize
+
+
+def normalise(x: Tensor, centred: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """(xhat, invstd) of rows x [R, D]."""
+    x = x.to(accumulate_dtype(x.dtype))
+    shifted = x - x.mean(1, keepdim=True) if centred else x
+    invstd = (shifted.square().mean(1, keepdim=True) + eps).rsqrt()
+    return shifted * invstd, invstd
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float
+) -> Tensor:
+    z, _ = normalise(x, centred, eps)
+    z = z if weight is None else z * weight
+    z = z if bias is None else z + bias
+    return z.to(x.dtype)
+
+
+def redistribute(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, reward: Tensor, centred: bool,
+    eps: float, stabilizer: float, identity: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(input reward, and rows to be summed for the feedback of weight and bias, both without the
+    parameter's magnitude)."""
+    acc = accumulate_dtype(x.dtype)
+    xhat, invstd = normalise(x, centred, eps)
+    w = torch.ones_like(xhat) if weight is None else weight.to(acc).expand_as(xhat)
+    b = torch.zeros_like(xhat) if bias is None else bias.to(acc).expand_as(xhat)
+    s = reward.to(acc) / stabilize(xhat * w + b, stabilizer)
+    if identity:
+        found = reward.to(acc)
+    else:
+        g = s * w
+        g = g - xhat * (g * xhat).mean(1, keepdim=True)
+        g = g - (s * w).mean(1, keepdim=True) if centred else g
+        found = x.to(acc) * g * invstd
+    return found.to(x.dtype), s * xhat, s

@@ -1,0 +1,442 @@
+"""The rules of transformers: each against its formula, whole models both ways of writing them."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import nn
+
+import lfp_kernels
+from lfp_kernels import composites
+from lfp_kernels import functional as F
+
+EPS = 1e-9
+A = importlib.import_module("lfp_kernels.functional.attention")  # the name is a function's too
+
+
+def rand(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def stab(z, eps=EPS):
+    return z + torch.where(z < 0, -eps, eps)
+
+
+class Block(nn.Module):
+    """Pre-norm block with attention written out, or by one call."""
+
+    def __init__(self, width=16, heads=4, eager=False):
+        super().__init__()
+        self.heads, self.eager = heads, eager
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        n, steps, width = x.shape
+        q, k, v = (
+            self.qkv(self.norm1(x)).view(n, steps, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        ).unbind(0)
+        if self.eager:
+            logits = q @ k.transpose(-1, -2) / math.sqrt(width // self.heads)
+            mask = torch.full((steps, steps), -math.inf, dtype=x.dtype).triu(1)
+            y = torch.softmax(logits + mask, dim=-1) @ v
+        else:
+            y = TF.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(n, steps, width))
+        return x + self.down(TF.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, eager=False, tied=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.positions = nn.Embedding(20, 16), nn.Embedding(10, 16)
+        self.blocks = nn.ModuleList([Block(eager=eager) for _ in range(2)])
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 20, bias=False)
+        for p in self.parameters():
+            if p.dim() == 1:
+                nn.init.normal_(p, 0.5, 0.3)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, tokens):
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+TOKENS = torch.tensor([[1, 5, 5, 9, 0, 3], [2, 4, 6, 8, 10, 12]])
+
+
+def feedback(model, composite, *inputs, reward=None):
+    for p in model.parameters():
+        p.grad = None
+    with composite.context(model):
+        out = model(*inputs)
+        r = rand(*out.shape, seed=3) if reward is None else reward(out)
+        lfp_kernels.backward(out, r)
+    return {n: -p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def close(a, b, tolerance=1e-7):
+    assert a.keys() == b.keys()
+    scale = max(float(v.abs().max()) for v in b.values())
+    for name in a:
+        error = float((a[name] - b[name]).abs().max())
+        assert error <= tolerance * scale, (name, error, scale)
+
+
+def test_softmax_rule():
+    x, r = rand(3, 5, 7), rand(3, 5, 7, seed=1)
+    x[0, 0, 3] = -math.inf
+    p = x.softmax(1)
+    found = F.softmax_redistribute(x, p, r, 1)
+    expected = x * (r - p * r.sum(1, keepdim=True))
+    expected[0, 0, 3] = 0
+    torch.testing.assert_close(found, expected)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["none", "bool", "added", "row"])
+@pytest.mark.parametrize("block", [1 << 22, 64])
+def test_attention_rule(block, kind, causal, monkeypatch):
+    monkeypatch.setattr(A, "_BLOCK", block)
+    q, k, v, r = rand(2, 3, 19, 8), rand(2, 3, 21, 8, seed=1), rand(2, 3, 21, 5), rand(2, 3, 19, 5)
+    masks = {
+        "none": None, "bool": rand(2, 1, 19, 21) > -1, "added": rand(19, 21),
+        "row": rand(2, 1, 1, 21) > -1,
+    }  # fmt: skip
+    mask = masks[kind]
+    logits = q @ k.transpose(-1, -2) / math.sqrt(8)
+    hidden = torch.ones(19, 21).triu(1).bool() if causal else torch.zeros(19, 21).bool()
+    shown = logits + (mask if kind == "added" else 0)
+    if kind in ("bool", "row"):
+        hidden = hidden | ~mask
+    p = shown.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num(0.0)
+    out = p @ v
+    torch.testing.assert_close(F.attention(q, k, v, mask, causal=causal), out)
+    s = r / (2 * stab(out))
+    of_p = p * (s @ v.transpose(-1, -2))
+    of_z = (logits * (of_p - p * of_p.sum(-1, keepdim=True))).masked_fill(hidden, 0.0)
+    sz = of_z / (2 * stab(logits)) / math.sqrt(8)
+    expected = (q * (sz @ k), k * (sz.transpose(-1, -2) @ q), v * (p.transpose(-1, -2) @ s))
+    found = F.attention_redistribute(q, k, v, out, r, mask, causal=causal, eps=EPS)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+    # the values take half of what the outputs got; what the logits explain is halved by q and k
+    seen = (~hidden).any(-1, keepdim=True).expand(out.shape)
+    torch.testing.assert_close(found[2].sum(), r[seen].sum() / 2, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0].sum() + found[1].sum(), of_z.sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_memory_is_linear():
+    """Nothing of the size [queries, keys] lives: 16 times the length, 16 times the memory."""
+
+    def highest(length):
+        q, k, v, r = (torch.randn(1, 2, length, 8) for _ in range(4))
+        out = F.attention(q, k, v, causal=True)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            F.attention_redistribute(q, k, v, out, r, causal=True)
+        level = top = 0
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            level += event.nbytes()
+            top = max(top, level)
+        return top
+
+    block = A._BLOCK
+    A._BLOCK = 1 << 16
+    try:
+        assert highest(4096) < 20 * highest(256)
+    finally:
+        A._BLOCK = block
+
+
+def test_dropout_of_attention_is_remembered():
+    q, k, v, r = (rand(1, 2, 40, 8, seed=i) for i in range(4))
+    out = F.attention(q, k, v, dropout=0.5, seed=7)
+    assert torch.equal(out, F.attention(q, k, v, dropout=0.5, seed=7))
+    assert not torch.equal(out, F.attention(q, k, v, dropout=0.5, seed=8))
+    found = F.attention_redistribute(q, k, v, out, r, dropout=0.5, seed=7, eps=EPS)
+    torch.testing.assert_close(found[2].sum(), r.sum() / 2, rtol=1e-4, atol=1e-4)
+
+
+def norms():
+    torch.manual_seed(0)
+    layer, rms, group = nn.LayerNorm(6), nn.RMSNorm(6, eps=1e-3), nn.GroupNorm(2, 4)
+    for module in (layer, rms, group):
+        for p in module.parameters():
+            nn.init.normal_(p)
+    return {
+        "layer": (layer.double(), (5, 3, 6), {"eps": 1e-5}),
+        "rms": (rms.double(), (5, 3, 6), {"centred": False, "eps": 1e-3}),
+        "group": (group.double(), (3, 4, 5, 2), {"groups": 2, "eps": 1e-5}),
+    }
+
+
+@pytest.mark.parametrize("name", ["layer", "rms", "group"])
+def test_norm_rules(name):
+    module, shape, options = norms()[name]
+    x, r = rand(*shape).requires_grad_(), rand(*shape, seed=1)
+    parameters = list(module.parameters())
+    z = module(x)
+    expected = torch.autograd.grad(z, [x, *parameters], r / stab(z.detach()))
+    bias = getattr(module, "bias", None)
+    found = F.norm_redistribute(x.detach(), module.weight, bias, r, stabilizer=EPS, **options)
+    torch.testing.assert_close(found.input, x.detach() * expected[0])
+    torch.testing.assert_close(found.weight, module.weight.detach().abs() * expected[1])
+    if bias is not None:
+        torch.testing.assert_close(found.bias, bias.detach().abs() * expected[2])
+    same = F.norm_redistribute(
+        x.detach(), module.weight, bias, r, stabilizer=EPS, identity=True, **options
+    )
+    assert torch.equal(same.input, r)
+    torch.testing.assert_close(same.weight, found.weight)
+
+
+def test_products_of_activations():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.value = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+
+        def forward(self, x):
+            return TF.silu(self.gate(x)) * self.value(x)
+
+    torch.manual_seed(0)
+    model, x = Gate().double(), rand(5, 4)
+    half = feedback(model, composites.Transformer(eps=EPS), x)
+    rest = feedback(model, composites.Transformer(eps=EPS, gate="identity"), x)
+    assert (rest["gate.weight"] == 0).all()
+    torch.testing.assert_close(2 * half["value.weight"], rest["value.weight"])
+    assert half["gate.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("equation", ["nij,njk->nik", "nij,nkj->nik", "nij,nij->n"])
+def test_einsum_halves(equation):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            return torch.einsum(equation, self.one(x), self.two(x))
+
+    torch.manual_seed(0)
+    model, x = Model().double(), rand(2, 4, 4)
+    x.requires_grad_()
+    with composites.Transformer(eps=EPS).context(model):
+        out = model(x)
+        lfp_kernels.backward(out, out.detach())
+    torch.testing.assert_close(-x.grad.sum(), out.detach().sum(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["attnlrp", "plain"])
+def test_written_out_is_the_one_call(mode):
+    models = [GPT(eager=eager).double() for eager in (False, True)]
+    found = [feedback(m, composites.Transformer(mode, eps=EPS), TOKENS) for m in models]
+    close(*found)
+    assert all(v.isfinite().all() and v.abs().sum() > 0 for v in found[0].values())
+
+
+def test_plain_mode_is_the_gradient_between_layers():
+    """One block without residual sums and activations: epsilon at layers, gradients elsewhere."""
+
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(6, 18, bias=False)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return TF.scaled_dot_product_attention(q, k, v)
+
+    torch.manual_seed(0)
+    model, x = Attend().double(), rand(2, 5, 6)
+    r = rand(2, 5, 6, seed=3)
+    z = model.qkv(x).detach().requires_grad_()
+    (g,) = torch.autograd.grad(TF.scaled_dot_product_attention(*z.chunk(3, -1)), z, r)
+    s = (g / stab(z.detach())).flatten(0, 1)
+    expected = model.qkv.weight.detach().abs() * (s.t() @ x.flatten(0, 1))
+    found = feedback(model, composites.Transformer("plain", eps=EPS), x, reward=lambda out: r)
+    torch.testing.assert_close(found["qkv.weight"], expected)
+
+
+def test_embeddings():
+    model = nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Linear(4, 3)).double()
+    tokens = torch.tensor([[1, 2, 2, 0]])
+    found = feedback(model, composites.Transformer(eps=EPS), tokens)
+    table = model[0].weight.detach()
+    z = model[1](table[tokens])
+    s = rand(*z.shape, seed=3) / stab(z.detach())
+    arrived = table[tokens] * (s @ model[1].weight.detach())
+    rows = (table[tokens].abs() * arrived / stab(table[tokens]))[0]
+    expected = torch.zeros_like(table)
+    expected[1], expected[2] = rows[0], rows[1] + rows[2]
+    torch.testing.assert_close(found["0.weight"], expected)
+    sparse = nn.Sequential(nn.Embedding(7, 4, padding_idx=0, sparse=True), model[1]).double()
+    sparse[0].weight.data.copy_(table)
+    rows = feedback(sparse, composites.Transformer(eps=EPS), tokens)["0.weight"]
+    assert rows.is_sparse and set(rows.coalesce().indices()[0].tolist()) <= {0, 1, 2}
+    torch.testing.assert_close(rows.to_dense(), expected)
+
+
+def test_tied_embeddings_are_summed():
+    torch.manual_seed(0)
+    apart, tied = GPT().double(), GPT(tied=True).double()
+    tied.load_state_dict(apart.state_dict(), strict=False)
+    apart.head.weight.data.copy_(apart.tokens.weight)
+    tied.tokens.weight.data.copy_(apart.tokens.weight)
+    one = feedback(apart, composites.Transformer(eps=EPS), TOKENS)
+    two = feedback(tied, composites.Transformer(eps=EPS), TOKENS)
+    torch.testing.assert_close(two["tokens.weight"], one["tokens.weight"] + one["head.weight"])
+
+
+@pytest.mark.parametrize("mode", ["attnlrp", "plain"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_torch_encoder_layer(causal, mode):
+    """nn.MultiheadAttention is linear layers around attention."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
+    x, steps = rand(3, 5, 8), 5
+    mask = nn.Transformer.generate_square_subsequent_mask(steps).double() if causal else None
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            q, k, v = (
+                TF.linear(x, w, b).unflatten(-1, (2, 4)).transpose(1, 2)
+                for w, b in zip(
+                    layer.self_attn.in_proj_weight.chunk(3), layer.self_attn.in_proj_bias.chunk(3)
+                )
+            )
+            y = TF.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            x = layer.norm1(x + layer.self_attn.out_proj(y.transpose(1, 2).flatten(-2)))
+            return layer.norm2(x + layer.linear2(TF.relu(layer.linear1(x))))
+
+    class Torch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return layer(x, src_mask=mask)
+
+    composite = composites.Transformer(mode, eps=EPS)
+    close(feedback(Torch(), composite, x), feedback(Own(), composite, x))
+
+
+def test_padding_does_not_matter():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
+    x = rand(1, 5, 8)
+    padded = torch.cat([x, rand(1, 2, 8, seed=9)], 1)
+    hidden = torch.tensor([[False] * 5 + [True] * 2])
+
+    class Short(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, mask=None):
+            return self.layer(x, src_key_padding_mask=mask)[:, :5]
+
+    composite = composites.Transformer(eps=EPS)
+    close(feedback(Short(), composite, padded, hidden), feedback(Short(), composite, x))
+
+
+def test_models_come_back_as_they_were():
+    model = GPT().double()
+    before = model(TOKENS)
+    keys = {name: set(m.__dict__) for name, m in model.named_modules()}
+    feedback(model, composites.Transformer(), TOKENS)
+    assert keys == {name: set(m.__dict__) for name, m in model.named_modules()}
+    assert torch.equal(model(TOKENS), before)
+
+
+def test_checkpointed_blocks_give_the_same():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(GPT):
+        def forward(self, tokens):
+            x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return self.head(self.norm(x))
+
+    plain, checked = GPT().double(), Checkpointed().double()
+    composite = composites.Transformer(eps=EPS)
+    close(feedback(checked, composite, TOKENS), feedback(plain, composite, TOKENS))
+
+
+def test_learns_a_sequence():
+    """A tiny GPT learns to repeat: the loss falls far below chance by LFP alone."""
+    torch.manual_seed(0)
+    model = GPT()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    composite = composites.Transformer("plain", eps=1e-6)
+    tokens = torch.arange(6).repeat(8, 1) + torch.randint(0, 14, (8, 1))
+    losses = []
+    with composite.context(model):
+        for _ in range(60):
+            optimizer.zero_grad()
+            out = model(tokens[:, :-1])
+            lfp_kernels.backward(out, lfp_kernels.rewards.softmax(out, tokens[:, 1:]))
+            losses.append(float(TF.cross_entropy(out.flatten(0, 1), tokens[:, 1:].flatten())))
+            optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+ERRORS = {
+    "mode": (lambda: composites.Transformer("lrp"), "mode: expected one of .*got 'lrp'"),
+    "gate": (lambda: composites.Transformer(gate="all"), "gate: expected one of"),
+    "residual": (lambda: composites.Transformer(residual="half"), "residual: expected one of"),
+    "mask": (
+        lambda: F.attention(rand(1, 4, 8), rand(1, 5, 8), rand(1, 5, 8), rand(3, 5)),
+        r"mask: expected a shape that broadcasts to \(1, 4, 5\), got \(3, 5\)",
+    ),
+    "keys": (lambda: F.attention(rand(1, 4, 8), rand(1, 5, 7), rand(1, 5, 7)), "k: expected shape"),
+    "values": (lambda: F.attention(rand(1, 4, 8), rand(1, 5, 8), rand(1, 6, 8)), "v: expected"),
+    "dropout": (
+        lambda: F.attention(rand(1, 4, 8), rand(1, 4, 8), rand(1, 4, 8), dropout=1.0),
+        "dropout: expected a rate",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    call, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_what_has_no_rule_is_named():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.cumsum(self.layer(x), -1)
+
+    with (
+        composites.Transformer().context(model := Model()),
+        pytest.raises(ValueError, match=r"cumsum .*has no rule"),
+    ):
+        model(torch.rand(2, 4))
+    composite = composites.Transformer(default="gradient")
+    with composite.context(model), pytest.warns(UserWarning, match="cumsum has no rule"):
+        model(torch.rand(2, 4))
