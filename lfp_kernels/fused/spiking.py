@@ -204,6 +204,7 @@ class Spiking(S.Stage):
             states = last.states
             spikes = last.values[plan.output]
             out.append(spikes.unpack(x.dtype))
+        last.states = {}  # nobody goes on from the end
         run.aside[self.index] = _Pass(plan, x, prefix, chunks, last, (static, noisy))
         return out[0] if len(out) == 1 else torch.cat(out)
 
@@ -235,6 +236,7 @@ class Spiking(S.Stage):
                 here.statistics, here.dtype = prefix.statistics, x.dtype
                 self._enter(here, prefix, x, static, chunk.states)
                 plan.walk(here, moving)
+                here.states = {}
             here.updates = N.Gathered(run.updates) if len(chunks) > 1 else run.updates
             here.carries, here.release = carries, self.once
             part = reward[chunk.first : chunk.first + chunk.steps]
