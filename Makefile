@@ -1,12 +1,13 @@
 # Every target makes .venv first when it is missing; PYTHON=... picks the interpreter.
-# make demo DATA=path takes MNIST idx files or CIFAR-10 python batches instead of the digits.
+# make demo (or demo-spiking) DATA=path takes MNIST idx files or CIFAR-10 python batches instead of
+# the digits.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
 
-.PHONY: demo test test-slow test-peers test-gpusim test-gpusim-fast test-mutations gpu bench lint format clean
+.PHONY: demo demo-spiking test test-slow test-peers test-gpusim test-gpusim-fast test-mutations gpu bench lint format clean
 
 $(STAMP): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +20,9 @@ lfp_kernels/_C_cpu.so: $(STAMP) $(NATIVE)
 
 demo: lfp_kernels/_C_cpu.so
 	$(RUN) -m lfp_kernels demo --out runs/demo $(if $(DATA),--data $(DATA))
+
+demo-spiking: lfp_kernels/_C_cpu.so
+	$(RUN) -m lfp_kernels demo --model snn-mlp --out runs/demo-spiking $(if $(DATA),--data $(DATA))
 
 test: lfp_kernels/_C_cpu.so
 	$(RUN) -m pytest -q -m "not slow and not gpu and not gpusim and not peers"
@@ -48,14 +52,16 @@ $(GPUSIM)/.installed: requirements-gpusim.txt
 	$(GPUSIM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-gpusim.txt
 	touch $@
 
-# What CI runs: the executor itself; linear at its tile limits, one tile and several per block; and
-# whole training steps (convolution, batch norm, pools, rewards, optimizers) on both backends.
+# What CI runs: the executor itself; linear at its tile limits, one tile and several per block;
+# whole training steps (convolution, batch norm, pools, rewards, optimizers) on both backends; and
+# spiking neurons.
 test-gpusim-fast: $(GPUSIM)/.installed
 	$(SIMULATED) tests/gpusim
 	LFP_SIM_SOURCES=linear.cu,linear_rules.cu $(SIMULATED) --simulate cuda tests/gpusim_ops/test_linear_tiles.py -k float32
 	LFP_SIM_SOURCES=linear.cu,linear_rules.cu $(SIMULATED) --simulate cuda --processors 1 \
 		tests/gpusim_ops/test_linear_tiles.py -k "bfloat16 and redistribute"
 	$(SIMULATED) --simulate cuda tests/gpusim_ops/test_training.py -k matches
+	LFP_SIM_SOURCES=lif.cu,spikes.cu $(SIMULATED) --simulate cuda tests/gpusim_ops/test_spiking_gpu.py -k "not many_steps"
 	$(SIMULATED) --simulate triton tests/gpusim_ops/test_training.py -k "matches and momentum"
 
 # All of it: every op test on both backends, sm_90a, traffic, what the compilers say.

@@ -4,7 +4,7 @@ devices      data-sheet figures and limits of the GPUs
 traffic      what a launch is; the launches of one operator call, by its arguments
 products     the tiled and the one-pass products; linear layers
 convolution  implicit products of convolutions
-memory_bound, pools, norms   the operators that are bound by memory
+memory_bound, pools, norms, spiking   the operators that are bound by memory
 occupancy    blocks per processor from registers and shared memory (resources.json, by ptxas)
 roofline     least time that bytes and FLOPs allow
 steps        launches and bytes of whole training steps, ours and the reference's

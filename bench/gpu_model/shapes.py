@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lfp_kernels import functional as F
 from lfp_kernels import optim, rewards
+from lfp_kernels.backends import select
+from lfp_kernels.ops.spiking.codes import Reset
 from lfp_kernels.optim import BoundOptimizer, Update
 from lfp_kernels.rules import Epsilon
 
@@ -190,6 +192,37 @@ def other_cases(batch: int, dtype: str) -> Iterator[Case]:
     )
 
 
+def spiking_cases(batch: int, dtype: str) -> Iterator[Case]:
+    steps, neurons = 25, batch * 1000
+    x, kind = meta((steps, neurons), DTYPES[dtype]), DTYPES[dtype]
+    beta, threshold = meta((1,), kind), meta((1,), kind)
+    neuron, shape = (beta, threshold, 1), f"{steps} x {batch} x 1000"
+    op = select("spiking", x)
+    for reset in (Reset.SUBTRACT, Reset.SUBTRACT_AT_ONCE):
+        bits, membrane, _ = op.forward(x, None, *neuron, steps, reset, True)
+
+        def forward(reset=reset):
+            return op.forward(x, None, *neuron, steps, reset, True)
+
+        def feedback(reset=reset, membrane=membrane, bits=bits):
+            return op.feedback(
+                x, membrane, bits, None, None, *neuron, 1e-6, reset, False, False, False
+            )
+
+        name = reset.name.lower().replace("_", " ")
+        yield Case("spiking", f"LIF forward, {name}", shape, dtype, "memory", forward)
+        yield Case("spiking", f"LIF feedback, {name}", shape, dtype, "memory", feedback)
+
+    def unpack():
+        return op.unpack(bits, steps, kind, 0.0, 0, 0)
+
+    yield Case("spiking", "spikes unpacked", shape, dtype, "memory", unpack)
+    yield Case(
+        "spiking", "noise added", shape, dtype, "memory",
+        lambda: op.add_noise(x, steps, 0.1, 0, 0),
+    )  # fmt: skip
+
+
 def cases(quick: bool = False) -> list[Case]:
     """The cases of the table; ``quick``: one of each kind."""
     batch = 128
@@ -204,4 +237,5 @@ def cases(quick: bool = False) -> list[Case]:
             found += norm_cases(network, norms[:few], batch, dtype)
             found += pool_cases(network, pools[:few], window, batch, dtype)
         found += other_cases(batch, dtype)
+        found += spiking_cases(batch, dtype)
     return found

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lfp_kernels import backends
+from lfp_kernels.ops.spiking.codes import Reset
 
-from . import convolution, memory_bound, norms, pools, products
+from . import convolution, memory_bound, norms, pools, products, spiking
 from .devices import A100, Gpu
 from .launch import Launch
 
@@ -30,6 +31,7 @@ MODELS: dict[str, Model] = {
         memory_bound.step, memory_bound.sum_redistribute, memory_bound.dropout_redistribute,
         memory_bound.optimizer_update, memory_bound.global_norm, memory_bound.reward,
         memory_bound.reward_spike_rate, norms.batch_norm_forward, norms.batch_norm_redistribute,
+        spiking.lif_forward, spiking.lif_feedback, spiking.spikes_unpack, spiking.add_noise,
     )
 }  # fmt: skip
 # These also look at the results: their sizes and layouts.
@@ -92,7 +94,11 @@ def written_in_place(func: Any, a: dict[str, Any]) -> list[Tensor]:
 
 
 def _not_read(op: str, a: dict[str, Any]) -> set[int]:
-    """Operands that a call does not need: z of who is handed its signal."""
+    """Operands that a call does not need: z of who is handed its signal; the spikes of neurons
+    whose membrane shows them, the threshold without a reset."""
+    if op == "lif_feedback":
+        bits = set() if a["reset"] == Reset.SUBTRACT_AT_ONCE else {id(a["bits"])}
+        return bits | ({id(a["threshold"])} if a["reset"] == Reset.NONE else set())
     return {id(a["z"])} - {id(a.get("reward"))} if a.get("chain", 0) & 1 and "z" in a else set()
 
 

@@ -31,6 +31,8 @@ pytestmark = pytest.mark.gpusim
 BOUNDS = (
     (r"elementwise_kernel", 64),  # 4 blocks of 256
     (r"(root|squares|statistics|feedback|spike_rate|add_ranges)_kernel", 64),
+    (r"over_steps_kernel", 64),
+    (r"(forward|backward)_scan_kernel", 128),  # 4 blocks of 128
     (r"reduce_splits_kernel", 80),
     (r"update_kernel", 80),  # 3 blocks of 256
     (r"rows_kernelI.*Reward", 80),
@@ -197,7 +199,9 @@ def test_registers(source, arch, jobs) -> None:
 # the architectures, all without any).
 WIDE = r"LDG\.E\.128", r"STG\.E\.128"
 EXPECTED: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
-    ("activation combine reward", r"elementwise_kernelILi[248]E", WIDE, ""),
+    ("activation combine reward spikes", r"elementwise_kernelILi[248]E", WIDE, ""),
+    ("lif", r"(forward|backward)_scan_kernelI.*Li[248]E", WIDE, ""),
+    ("spikes", r"over_steps_kernelI.*Li[248]E", WIDE[1:], ""),
     ("update", r"update_kernel", WIDE, ""),
     ("batch_norm", r"(planes|rows)_kernelILi[248]E", WIDE, ""),
     ("pool", r"spread_kernelI.*Li[248]E", WIDE, ""),

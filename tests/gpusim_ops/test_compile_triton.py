@@ -18,12 +18,15 @@ from gpusim.pytest_support import require_triton
 
 from lfp_kernels.ops.conv.geometry import ConvGeometry
 from lfp_kernels.ops.reward.codes import Kind
+from lfp_kernels.ops.spiking.codes import Reset
 from lfp_kernels.optim import STATES, Update
 from lfp_kernels.rules import REGISTRY, Epsilon, RuleCall
 
 pytestmark = pytest.mark.gpusim
 
-OPS = ("activation", "batch_norm", "combine", "conv", "linear", "pool", "reward", "update")
+OPS = (
+    "activation", "batch_norm", "combine", "conv", "linear", "pool", "reward", "spiking", "update",
+)  # fmt: skip
 NVIDIA = (80, 90, 100, 120)
 RULE = Epsilon()
 # Rules with two signals or a matrix that is made on the way in.
@@ -75,6 +78,25 @@ def run_reward(op, dtype) -> None:
     op.reward(out, out, Kind.REGRESSION, [0.0, 1.0, 0.0, -1.0])
     for steps in (25, 100):
         op.spike_rate(empty(steps, 128, 10, dtype=dtype), labels)
+
+
+def run_spiking(op, dtype) -> None:
+    current, state = empty(25, 128 * 1000, dtype=dtype), empty(128 * 1000, dtype=dtype)
+    beta, channel = empty(1, dtype=dtype), empty(1000, dtype=dtype)
+    for reset in Reset:
+        for before, threshold in ((None, beta), (state, channel)):
+            neuron = (beta, threshold, 1)
+            bits, membrane, _ = op.forward(current, before, *neuron, 25, reset, True)
+            sums = before is not None
+            op.feedback(
+                current, membrane, bits, before, before, *neuron, 1e-6, reset, sums, sums, sums
+            )  # fmt: skip
+    op.forward(current[:1], None, *neuron, 25, Reset.SUBTRACT, False)
+    for noise in (0.0, 0.1):
+        op.unpack(bits, 25, dtype, noise, 1, 0)
+        op.add_noise(current[:1], 25, noise, 1, 0)
+        op.add_noise(current, 25, noise, 1, 0)
+    op.unpack(bits[:, :999], 25, dtype, 0.1, 1, 0)
 
 
 def run_batch_norm(op, dtype) -> None:

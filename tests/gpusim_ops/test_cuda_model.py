@@ -21,6 +21,8 @@ from bench import specs
 from bench.gpu_model import devices, traffic
 from lfp_kernels import functional as F
 from lfp_kernels import optim, rewards
+from lfp_kernels.backends import select
+from lfp_kernels.ops.spiking.codes import Reset
 from lfp_kernels.optim import BoundOptimizer
 from lfp_kernels.rules import Epsilon
 
@@ -169,6 +171,26 @@ def test_rewards(classes, gpu) -> None:
 def test_spike_rate(steps, gpu) -> None:
     spikes, y = (values((steps, 7, 45)) > 1).float(), torch.arange(7)
     check(lambda: rewards.snn_rate(spikes, y), gpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("neurons", [24, 35, 1040])
+def test_spiking(neurons, dtype, gpu) -> None:
+    x, state = values((21, neurons), dtype), values((neurons,), dtype)
+    one, channels = values((1,), dtype), values((5 if neurons == 35 else 4,), dtype)
+    op = select("spiking", x)
+    for k, reset in enumerate(Reset):
+        beta, inner = (channels, neurons // channels.numel()) if k % 2 else (one, 1)
+        neuron = (beta, one.clone() if k < 2 else channels.clone(), inner)
+        begin, sums = state if k % 2 else None, k > 1
+        check(partial(op.forward, x[:1], begin, *neuron, 21, reset, sums), gpu)
+        bits, membrane, _ = op.forward(x, begin, *neuron, 21, reset, True)
+        arguments = (x.clone(), membrane, bits, begin, None, *neuron, 1e-6, reset)
+        check(partial(op.feedback, *arguments, sums, False, sums), gpu)
+    for first in (0, 1):
+        check(partial(op.unpack, bits, 21, dtype, 0.5, 1, first), gpu)
+        check(partial(op.add_noise, x, 21, 0.5, 1, first), gpu)
+        check(partial(op.add_noise, x[:1], 21, 0.5, 1, first), gpu)
 
 
 def test_updates_and_norm(gpu) -> None:

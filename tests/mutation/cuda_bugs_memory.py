@@ -198,7 +198,45 @@ BATCH_NORM = plant(
     ("launch", "const bool at_once = need_input && !training;", "const bool at_once = false;"),
 )
 
+LIF = plant(
+    "csrc/cuda/lif.cu",
+    ("stride", "f.current + (t + kAhead) * f.neurons + m", "f.current + (t + kAhead) * f.neurons"),
+    ("mask", "if (t + kAhead < f.rows) ahead[s]", "if (t + kAhead <= f.rows) ahead[s]"),
+    (
+        "rounding",
+        "u[k] = static_cast<A>(static_cast<T>(neuron.step",
+        "u[k] = static_cast<A>((neuron.step",
+    ),
+    ("offset", "++channel == channels) channel = 0;", "++channel == channels) channel = 1;"),
+    ("state not read", "else if (t == -1 && state)", "else if (false)"),
+    ("tail", "      if (t > last) continue;\n", ""),
+    ("bit", "first + kAheadBack > last)", "first + kAheadBack > last + kPlane)"),
+)
+
+SPIKES = plant(
+    "csrc/cuda/spikes.cu",
+    ("offset", "if (k % 4 == 0) block = philox(", "if (k == 0) block = philox("),
+    ("offset", "noise.add(t * neurons + m, v);", "noise.add(t * neurons, v);"),
+    ("bit", "(word >> (8 * k + shift)) & 1", "(word >> (8 * k)) & 1"),
+    ("alignment", "aligned16(from, to) && index % 4 == 0", "aligned16(from, to)"),
+)
+
+OVER_TIME = plant(
+    "csrc/cuda/over_time.cuh",
+    ("alignment", "if (neurons % V == 0 && ", "if ("),
+    (
+        "launch",
+        "ceil_div<int64_t>(neurons / V, kBlock);",
+        "std::max<int64_t>(neurons / V / kBlock, 1);",
+    ),
+)
+
 GROUPS = (
+    Group(
+        "tests/gpusim_ops/test_spiking_gpu.py -k 'not many_steps'",
+        LIF + SPIKES + OVER_TIME,
+        "lif.cu,spikes.cu",
+    ),
     Group(
         f"tests/test_activation.py {EDGES} -k 'step_activation or unaligned_elementwise'",
         ACTIVATION,

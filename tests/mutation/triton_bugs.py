@@ -214,6 +214,28 @@ REWARD = plant(
     ("offset", "start + at + k, tl.where(valid", "start + k, tl.where(valid"),
 )
 
+SPIKING = plant(
+    f"{OPS}/spiking/triton_kernels.py",
+    (
+        "rounding",
+        "return tl.fma(a, b, tl.zeros_like(a) + minus_zero.to(a.dtype))",
+        "return a * b",
+    ),
+    ("mask", "offset, mask & (a >= 0) & (a < rows), 0.0)", "offset, mask & (a >= 0), 0.0)"),
+    ("tail", "((fires & live).to(tl.int32) << shift)", "(fires.to(tl.int32) << shift)"),
+    ("state", "before = tl.where(t == s, first, before)", "before = first"),
+    (
+        "tail",
+        "carry = tl.where(live, times(decayed, n, minus_zero), carry)",
+        "carry = times(decayed, n, minus_zero)",
+    ),
+    (
+        "order",
+        "tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))",
+        "tl.interleave(tl.interleave(n0, n1), tl.interleave(n2, n3))",
+    ),
+)
+
 GROUPS = (
     Group(f"{TILES} {SUMS} -k 'float32 or chained or {SUMMED}'", LINEAR + LINEAR_HOST + SHARED),
     Group(f"{TILES} {SUMS} -k 'float32 or float64 or chained or {SUMMED}'", PRODUCT),
@@ -228,6 +250,7 @@ GROUPS = (
         "out_of_range or rows or spike or checked) and not reference'",
         REWARD,
     ),
+    Group("tests/gpusim_ops/test_spiking_gpu.py -k 'float32 and not many_steps'", SPIKING),
     *triton_bugs_spatial.GROUPS,
     *triton_bugs_rules.GROUPS,
 )
