@@ -42,9 +42,12 @@ class Attachment:
         self._spiking: dict[nn.Module, Any] = {}
         self.linear = False  # LinBP: activations pass rewards unchanged from here on
         # A parameter's rule is that of the layer that owns it.
-        self._rules = {
-            id(parameter): composite.layer(name, module)
-            for name, module in model.named_modules()
+        self._rules = self._by_weight()
+
+    def _by_weight(self) -> dict[int, LayerRule]:
+        return {
+            id(parameter): self.composite.layer(name, module)
+            for name, module in self.model.named_modules()
             for parameter in module.parameters(recurse=False)
         }
 
@@ -113,6 +116,8 @@ class Attachment:
         self._replaced.clear()
 
     def rule_of_weight(self, weight: Tensor) -> LayerRule:
+        if id(weight) not in self._rules and isinstance(weight, nn.Parameter):
+            self._rules |= self._by_weight()  # sharded models have other tensors during forward
         found = self._rules.get(id(weight)) or LayerRule(self.composite.rule)
         self.linear = self.linear or self.composite.begins_linear(found.name)
         now = self.composite.rule_now(found.rule)

@@ -13,6 +13,7 @@ from .. import rewards
 from ..composites import Composite, check_finite
 from ..optim import SGD, AdamW, BoundOptimizer
 from .plan import Plan
+from .reduce import Buckets, check_group
 from .stages import Run
 from .trace import trace
 from .updates import Updates
@@ -40,8 +41,10 @@ class FusedStep:
         composite: Composite,
         reward: str | Callable[..., Tensor],
         optimizer: SGD | AdamW | BoundOptimizer,
+        group: Any = None,
     ) -> None:
         self.model = model
+        self._group = check_group(group)
         self.composite = composite
         self.reward = rewards.get(reward)
         composite.check(model)
@@ -85,7 +88,8 @@ class FusedStep:
         if self._trainable != [p.requires_grad for p in self._parameters]:
             self._plan = self._make_plan()
         plan = self._plan
-        updates = Updates(self.optimizer, plan.shared)
+        buckets = None if self._group is None else Buckets(self._group)
+        updates = Updates(self.optimizer, plan.shared, buckets)
         run = Run(plan.slots, len(plan.stages), updates)
         out = plan.forward(run, F.channels_last(x) if plan.channels_last and x.dim() == 4 else x)
         reward = self.reward(out, y)
@@ -130,6 +134,7 @@ def fuse(
     reward: str | Callable[..., Tensor] = "softmax",
     optimizer: SGD | AdamW | BoundOptimizer,
     feedback_dtype: torch.dtype | None = None,
+    process_group: Any = None,
 ) -> FusedStep:
     """Compile ``model`` into a training step that never runs autograd.
 
@@ -145,6 +150,10 @@ def fuse(
         reward: a name of ``rewards.REGISTRY`` or a function ``(out, y) -> reward`` of out's shape.
         optimizer: ``optim.SGD(...)`` or ``optim.AdamW(...)``.
         feedback_dtype: torch.bfloat16 runs the feedback products of a float32 model in bfloat16.
+        process_group: a torch.distributed group (True: the default one): every process brings its
+            part of the batch and all make the step of the whole: feedback is summed over the
+            processes, bucket by bucket while the walk back goes on, and applied at the end. Start
+            from equal parameters. Running statistics of batch norms stay each process's own.
 
     Returns:
         ``step(x, y) -> StepResult(out, reward)``.
@@ -159,4 +168,4 @@ def fuse(
         )
     if feedback_dtype is not None:
         composite = composite.with_feedback_dtype(feedback_dtype)
-    return FusedStep(model, composite, reward, optimizer)
+    return FusedStep(model, composite, reward, optimizer, process_group)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..optim import BoundOptimizer, Update, clip_factor
+from .reduce import Buckets
 
 
 class Updates:
@@ -17,20 +18,25 @@ class Updates:
     A parameter is updated inside the pass that makes its feedback when one stage alone uses it and
     no global norm has to be known first. Everything else is set aside and updated by one
     multi-tensor call at the end: shared parameters (their feedback is summed), small vectors, and
-    all parameters under ``clip_norm`` (phase one: feedback, phase two: norm and update).
+    all parameters under ``clip_norm`` (phase one: feedback, phase two: norm and update) or with a
+    process group (``buckets``: feedback travels to the other processes while the walk goes on).
     """
 
-    def __init__(self, optimizer: BoundOptimizer, shared: Iterable[int]) -> None:
+    def __init__(
+        self, optimizer: BoundOptimizer, shared: Iterable[int], buckets: Buckets | None = None
+    ) -> None:
         self.optimizer = optimizer
         self.groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
         self.clip: float | None = optimizer.param_groups[0]["clip_norm"]
         self.shared = frozenset(shared)
+        self.buckets = buckets
         self.aside: dict[int, tuple[Tensor, Tensor]] = {}
         self.done: list[Tensor] = []
 
     def in_place(self, parameter: Tensor) -> bool:
         return (
             self.clip is None
+            and self.buckets is None
             and id(parameter) in self.groups
             and parameter.requires_grad
             and id(parameter) not in self.shared
@@ -47,8 +53,19 @@ class Updates:
         before = self.aside.get(id(parameter))
         total = feedback if before is None else before[1] + feedback
         self.aside[id(parameter)] = (parameter, total)
+        if self.buckets is not None and not self._comes_again(parameter):
+            self.buckets.add(total)
+
+    def _comes_again(self, parameter: Tensor) -> bool:
+        """Whether another use of the parameter may add to its feedback."""
+        return id(parameter) in self.shared
 
     def finish(self) -> None:
+        if self.buckets is not None:
+            for parameter, total in self.aside.values():
+                if self._comes_again(parameter):
+                    self.buckets.add(total)
+            self.buckets.finish()
         pairs = list(self.aside.values())
         if pairs:
             parameters = [p for p, _ in pairs]
