@@ -147,7 +147,7 @@ def fails(capsys, *arguments):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["train", "--model", "alexnet"], "expected one of lenet, mlp, vgg, resnet, got 'alexnet'"),
+        (["train", "--model", "alexnet"], "resnet, snn-mlp, snn-cnn, got 'alexnet'"),
         (["train", "--data", "/nowhere/at/all"], "neither 'digits' nor an existing path"),
         (["train", "--method", "adam"], "expected one of lfp, sgd, fa, usf, brsf, frsf, kp, dfa"),
         (["train", "--way", "sideways"], "expected one of fused, drop-in, got 'sideways'"),

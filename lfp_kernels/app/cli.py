@@ -12,8 +12,8 @@ import torch
 
 from lfp_kernels import backends, info
 
-from . import AppError, checkpoint, data, demo, methods, models
-from .train import Run, Settings, settings_of
+from . import AppError, checkpoint, data, demo, methods, models, spiking_demo
+from .train import Run, Settings, new_settings, settings_of
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in backends.FLOATS}
 
@@ -39,16 +39,19 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a model")
     _training_options(train)
-    train.add_argument("--model", help=f"{', '.join(models.MODELS)} ({Settings.model})")
     train.add_argument("--method", help=f"{' or '.join(methods.METHODS)} ({Settings.method})")
     train.add_argument("--way", help=f"lfp: {' or '.join(methods.WAYS)} ({Settings.way})")
+    train.add_argument(
+        "--surrogate",
+        help="spiking models by sgd: what stands in for the derivative of a spike, "
+        f"{', '.join(models.SURROGATES)} ({Settings.surrogate})",
+    )
     train.add_argument("--save", type=Path, metavar="FILE", help="checkpoint, after each epoch")
     train.add_argument("--resume", type=Path, metavar="FILE", help="go on from a checkpoint")
     train.add_argument("--json-log", type=Path, metavar="FILE", help="one JSON line per epoch")
 
     show = commands.add_parser("demo", help="LFP and gradient descent side by side, with a report")
     _training_options(show)
-    show.add_argument("--model", help=f"{', '.join(models.MODELS)} ({Settings.model})")
     show.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     show.add_argument("--repeats", type=int, default=40, help="timed steps (%(default)s)")
     return parser
@@ -56,17 +59,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _training_options(parser: argparse.ArgumentParser) -> None:
     default = Settings()
+    names = ", ".join((*models.MODELS, *models.SPIKING))
+    parser.add_argument("--model", help=f"{names} ({default.model})")
     parser.add_argument(
         "--data", help=f"digits, or a path to MNIST idx or CIFAR-10 batches ({default.data})"
     )
     parser.add_argument("--epochs", type=int, help=f"({default.epochs})")
     parser.add_argument("--batch-size", type=int, help=f"({default.batch_size})")
-    parser.add_argument("--lr", type=float, help=f"highest learning rate ({default.lr})")
+    rates = f"{default.lr}; spiking {models.SPIKING_LR}"
+    parser.add_argument("--lr", type=float, help=f"highest learning rate ({rates})")
     parser.add_argument("--momentum", type=float, help=f"({default.momentum})")
     parser.add_argument("--clip", type=float, help=f"global norm limit, 0: none ({default.clip})")
     parser.add_argument("--eps", type=float, help=f"stabiliser of the rule ({default.eps})")
     parser.add_argument("--seed", type=int, help=f"({default.seed})")
     parser.add_argument("--threads", type=int, help="0: torch's choice (0)")
+    spiking = parser.add_argument_group("spiking models")
+    spiking.add_argument("--steps", type=int, metavar="T", help="time steps, 0: the model's (0)")
+    spiking.add_argument(
+        "--chunk", type=int, help="lfp: time steps in memory at once in training, 0: all (0)"
+    )
+    spiking.add_argument("--noise", type=float, help="noise on the layers' inputs in training (0)")
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
@@ -93,7 +105,11 @@ def _train(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     if options.repeats < 2:
         raise AppError(f"--repeats: expected at least 2, got {options.repeats}")
-    demo.run(Settings(**_given(options)), options.out, options.repeats)
+    settings = new_settings(_given(options))
+    if settings.model in models.SPIKING:
+        spiking_demo.run(settings, options.out, options.repeats)
+    else:
+        demo.run(settings, options.out, options.repeats)
 
 
 def _backends(options: argparse.Namespace) -> None:

@@ -74,7 +74,7 @@ def _costs(
     return measure.costs(steps, x, y, repeats)
 
 
-def _examples(digits: data.Dataset, model: nn.Module) -> tuple[Tensor, Tensor]:
+def examples(digits: data.Dataset, model: nn.Module) -> tuple[Tensor, Tensor]:
     """For each of ten classes, the first test image that ``model`` gets right (or the first)."""
     right = predict(model, digits.test_x) == digits.test_y
     rows = []
@@ -94,7 +94,7 @@ def _figures(
             curves.append(out / f"{y}_by_{x}.png")
             plots.curves(curves[-1], results.histories, (x, over), (y, label))
 
-    images, labels = _examples(digits, trained[LFP])
+    images, labels = examples(digits, trained[LFP])
     maps = {
         name: measure.relevance(model, images, labels)
         for name, model in zip(("LFP", "SGD"), trained.values())

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 import lfp_kernels
 from lfp_kernels import composites
 from lfp_kernels.nested import NestedReference
+from lfp_kernels.nn import Spiking
+
+from . import AppError
 
 ALIGNMENT: dict[str, Callable[[], composites.Composite]] = {
     "fa": composites.FeedbackAlignment,
@@ -25,14 +28,35 @@ ALIGNMENT: dict[str, Callable[[], composites.Composite]] = {
 }
 METHODS = ("lfp", "sgd", *ALIGNMENT)
 WAYS = ("fused", "drop-in")
+NOT_SPIKING = (
+    "expected lfp or sgd for a spiking model (the feedback-alignment family needs the derivatives "
+    "that a spike does not have)"
+)
+
+Reward = Callable[[Tensor, Tensor], Tensor]
 
 
 class Learner(NamedTuple):
-    """``step(x, y)`` updates the model once and returns the logits [N, C] from before the update;
-    ``optimizer`` is what schedulers drive."""
+    """``step(x, y)`` updates the model once and returns its output from before the update: logits
+    [N, C] or spikes [T, N, C]; ``optimizer`` is what schedulers drive."""
 
     step: Callable[[Tensor, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
+
+
+def scores(out: Tensor) -> Tensor:
+    """What classes are told by [N, C]: logits, or how often each output neuron fired."""
+    return out if out.dim() == 2 else out.sum(0)
+
+
+def spike_rate(spikes: Tensor, y: Tensor) -> Tensor:
+    """The rate-coded reward of spikes [T, N, C], over T: whatever T, the same norm limit fits."""
+    return lfp_kernels.rewards.snn_rate(spikes, y) / len(spikes)
+
+
+def reward(out: Tensor, y: Tensor) -> Tensor:
+    """The reward that LFP hands out at the output."""
+    return lfp_kernels.rewards.softmax(out, y) if out.dim() == 2 else spike_rate(out, y)
 
 
 def learner(
@@ -51,26 +75,30 @@ def learner(
     Args:
         method: one of METHODS. way: one of WAYS, for all but sgd.
         example: an input [N, ...], for direct feedback alignment of convolutions.
+
+    A spiking network learns by lfp, or by sgd through the surrogate derivatives of its neurons.
     """
     if method == "sgd":
         return _gradient(model, lr, momentum, clip)
+    if method != "lfp" and isinstance(model, Spiking):
+        raise AppError(f"--method: {NOT_SPIKING}, got {method!r}")
     composite = composites.Epsilon(eps=eps) if method == "lfp" else ALIGNMENT[method]()
     composite.prepare(model, example)
-    reward = "softmax" if method == "lfp" else "cross_entropy"
     make = _fused if way == "fused" else _drop_in
-    return make(model, composite, reward, lr, momentum, clip)
+    loss: Reward = reward if method == "lfp" else lfp_kernels.rewards.cross_entropy
+    return make(model, composite, loss, lr, momentum, clip)
 
 
 def _fused(
     model: nn.Module,
     composite: composites.Composite,
-    reward: str,
+    reward_of: Reward,
     lr: float,
     momentum: float,
     clip: float | None,
 ) -> Learner:
     optimizer = lfp_kernels.optim.SGD(lr=lr, momentum=momentum, clip_norm=clip)
-    fused = lfp_kernels.fuse(model, composite, reward=reward, optimizer=optimizer)
+    fused = lfp_kernels.fuse(model, composite, reward=reward_of, optimizer=optimizer)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         return fused(x, y).out
@@ -81,13 +109,12 @@ def _fused(
 def _drop_in(
     model: nn.Module,
     composite: composites.Composite,
-    reward: str,
+    reward_of: Reward,
     lr: float,
     momentum: float,
     clip: float | None,
 ) -> Learner:
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
-    reward_of = lfp_kernels.rewards.get(reward)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
@@ -127,7 +154,7 @@ def _gradient(model: nn.Module, lr: float, momentum: float, clip: float | None) 
     def step(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
         out = model(x)
-        nn.functional.cross_entropy(out, y).backward()
+        nn.functional.cross_entropy(scores(out), y).backward()
         _clip_and_step(model, optimizer, clip)
         return out.detach()
 

@@ -1,12 +1,16 @@
-"""The models of the command line in plain torch.nn: LeNet, an MLP, a VGG and ResNet-18."""
+"""The models of the command line: LeNet, an MLP, a VGG and ResNet-18 in plain torch.nn, and two
+spiking networks."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lfp_kernels.nn import LIF, Spiking
 
 from . import AppError
 
@@ -140,13 +144,81 @@ MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "vgg": VGG,
     "resnet": ResNet,
 }
-SMALLEST = {"lenet": 16, "mlp": 1, "vgg": 8, "resnet": 1}
 
 
-def build(name: str, channels: int = 1, size: int = 28, classes: int = 10) -> nn.Module:
-    """Model ``name`` of MODELS for square images of ``size`` pixels, torch's default weights."""
+class Neurons(NamedTuple):
+    """How spiking neurons run: time steps (0: the model's), steps processed at once in training
+    (0: all), standard deviation of the noise on layer inputs, surrogate derivative for autograd."""
+
+    steps: int = 0
+    chunk: int = 0
+    noise: float = 0.0
+    surrogate: str = "atan"
+
+    def lif(self) -> LIF:
+        return LIF(0.9, surrogate=None if self.surrogate == "none" else self.surrogate)
+
+    def over_time(self, *layers: nn.Module, steps: int) -> Spiking:
+        return Spiking(
+            nn.Sequential(*layers),
+            steps=self.steps or steps,
+            input="static",
+            chunk=self.chunk or None,
+            noise=self.noise,
+        )
+
+
+def snn_mlp(channels: int, size: int, classes: int, neurons: Neurons) -> Spiking:
+    """A hidden layer of 1000 leaky integrate-and-fire neurons, 15 time steps."""
+    return neurons.over_time(
+        nn.Flatten(),
+        nn.Linear(channels * size * size, 1000),
+        neurons.lif(),
+        nn.Linear(1000, classes),
+        neurons.lif(),
+        steps=15,
+    )
+
+
+def snn_cnn(channels: int, size: int, classes: int, neurons: Neurons) -> Spiking:
+    """Two 5x5 convolutions with 12 and 64 maps, 25 time steps."""
+    side = ((size - 4) // 2 - 4) // 2
+    return neurons.over_time(
+        nn.Conv2d(channels, 12, 5),
+        neurons.lif(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(12, 64, 5),
+        neurons.lif(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * side * side, classes),
+        neurons.lif(),
+        steps=25,
+    )
+
+
+SPIKING_LR = 0.03  # of spiking models by default; too high a rate silences neurons for good
+SURROGATES = ("atan", "fast_sigmoid", "none")
+SPIKING: dict[str, Callable[[int, int, int, Neurons], Spiking]] = {
+    "snn-mlp": snn_mlp,
+    "snn-cnn": snn_cnn,
+}
+SMALLEST = {"lenet": 16, "mlp": 1, "vgg": 8, "resnet": 1, "snn-mlp": 1, "snn-cnn": 16}
+
+
+def build(
+    name: str,
+    channels: int = 1,
+    size: int = 28,
+    classes: int = 10,
+    neurons: Neurons = Neurons(),  # noqa: B008 (immutable)
+) -> nn.Module:
+    """Model ``name`` of MODELS or SPIKING for square images of ``size`` pixels, torch's default
+    weights; ``neurons`` are those of a spiking one."""
     if size < SMALLEST[name]:
         raise AppError(
             f"model: {name} needs images of at least {SMALLEST[name]} pixels, got {size}"
         )
+    if name in SPIKING:
+        return SPIKING[name](channels, size, classes, neurons)
     return MODELS[name](channels, size, classes)

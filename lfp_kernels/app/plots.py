@@ -27,7 +27,7 @@ except ImportError:
     plt = None  # type: ignore[assignment]
 
 # Okabe and Ito's palette: distinct for all common kinds of colour vision
-LFP, SGD, GREY = "#0072B2", "#D55E00", "#6b7280"
+LFP, SGD, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b7280"
 INK = "#1f2937"
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -61,7 +61,7 @@ def curves(path: Path, runs: dict[str, History], x: tuple[str, str], y: tuple[st
     percent = y[0] == "accuracy"
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5, 3.2))
-        for (name, history), colour, marker in zip(runs.items(), (LFP, SGD), "os"):
+        for (name, history), colour, marker in zip(runs.items(), (LFP, SGD, GREEN), "os^"):
             records = [record for record in history if y[0] in record]
             axes.plot(
                 [record[x[0]] for record in records],
@@ -72,14 +72,17 @@ def curves(path: Path, runs: dict[str, History], x: tuple[str, str], y: tuple[st
                 label=f"{name}: {records[-1][y[0]]:.1%}" if percent else name,
             )
         axes.set(xlabel=x[1], ylabel=y[1], xlim=(0, None), ylim=(0, None))
+        place: Any = "upper right"
         if percent:
+            place = "center right"
             if all(history[-1][y[0]] > 0.8 for history in runs.values()):
                 axes.set_ylim(0.5, 1.01)  # the first moments would flatten the rest
+                place = "lower right"
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         if x[0] == "epoch":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="lower right" if percent else "upper right")
-        _save(figure, path)
+        axes.legend(loc=place)
+        save(figure, path)
 
 
 def heatmaps(path: Path, pixels: Tensor, labels: list[str], maps: dict[str, Tensor]) -> None:
@@ -103,7 +106,7 @@ def heatmaps(path: Path, pixels: Tensor, labels: list[str], maps: dict[str, Tens
             axes.set(xticks=[], yticks=[])
             for spine in axes.spines.values():
                 spine.set(visible=True, color="#d1d5db")
-        _save(figure, path)
+        save(figure, path)
 
 
 def _relevance(axes: Axes, values: np.ndarray, image: np.ndarray) -> None:
@@ -139,9 +142,9 @@ def histogram(path: Path, title: str, before: Tensor, after: Tensor) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set(title=title, xlabel="reward per weight", ylabel="share of weights")
         figure.legend(fontsize=8, loc="outside upper right", ncols=2, handlelength=1.2)
-        _save(figure, path)
+        save(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def save(figure: plt.Figure, path: Path) -> None:
     figure.savefig(path)
     plt.close(figure)

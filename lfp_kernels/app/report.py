@@ -64,68 +64,85 @@ def summary(results: Results) -> str:
 
 def write(folder: Path, results: Results, figures: Figures) -> Path:
     """Write ``folder``/report.html; returns its path."""
-    page = folder / "report.html"
-    page.write_text(_page(results, figures), encoding="utf-8")
-    return page
+    path = folder / "report.html"
+    path.write_text(_page(results, figures), encoding="utf-8")
+    return path
 
 
 def _page(results: Results, figures: Figures) -> str:
-    s, data = results.settings, results.data
+    data = results.data
     sections = [
-        _section(
+        section(
             "Accuracy",
             f"""Both networks start from the same weights, see the same {len(data.train_y):,} images
             in the same order and use the same optimizer. They differ in one thing: gradient descent
             asks how the loss changes with a weight, LFP asks how much reward flowed through it.""",
-            _figure(figures.curves[0], "Test accuracy after each epoch.")
-            + _figure(figures.curves[1], "The same over the seconds spent in training steps."),
+            figure(figures.curves[0], "Test accuracy after each epoch.")
+            + figure(figures.curves[1], "The same over the seconds spent in training steps."),
         ),
-        _section(
+        section(
             "Reward",
             """At each logit LFP hands out the reward <i>o</i>&thinsp;(<i>y</i> &minus; <i>p</i>):
             logit times target minus probability. A network that is sure and right has nothing left
             to hand out, so learning shows as a falling curve. Gradient descent does not use the
             reward; its curve is there to compare.""",
-            _figure(figures.curves[2], "Absolute reward per training image, mean of each epoch.")
-            + _figure(figures.curves[3], "The same over the seconds spent in training steps."),
+            figure(figures.curves[2], "Absolute reward per training image, mean of each epoch.")
+            + figure(figures.curves[3], "The same over the seconds spent in training steps."),
         ),
-        _section(
+        section(
             "What the networks look at",
             """The reward that arrives at the pixels when only the logit of the true class is
             rewarded. <b class="red">Red</b> pixels speak for the class, <b class="blue">blue</b>
             ones against it. The same pass that trains the network makes these maps.""",
-            "".join(_figure(path, _HEATMAP_CAPTION) for path in figures.heatmaps),
+            "".join(figure(path, _HEATMAP_CAPTION) for path in figures.heatmaps),
         ),
-        _section(
+        section(
             "What the weights receive",
             f"""The reward that each weight receives, summed over {HISTOGRAM_IMAGES} images:
             what flowed through the connection, times the sign of the weight, so that adding it
             strengthens useful connections and weakens harmful ones. The axis is linear around zero
             and logarithmic beyond it.""",
-            "".join(_figure(path, alt=path.stem) for path in figures.histograms),
+            "".join(figure(path, alt=path.stem) for path in figures.histograms),
             "small",
         ),
-        _section("Cost of a step", _cost_text(results), _cost_table(results), "wide"),
-        _section("How this was made", "", _facts(results), "wide"),
+        cost_section(results),
+        made_section(results),
     ]
-    title = f"{s.model} on {data.name}: Layer-wise Feedback Propagation"
+    return page(results, _header(results), sections)
+
+
+def page(results: Results, header: str, sections: list[str]) -> str:
+    """The whole of an HTML file."""
+    title = f"{results.settings.model} on {results.data.name}: Layer-wise Feedback Propagation"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
-        f"{_header(results)}{''.join(sections)}</main></body></html>\n"
+        f"{header}{''.join(sections)}</main></body></html>\n"
     )
+
+
+def cost_section(results: Results) -> str:
+    """The section on what a step costs."""
+    return section("Cost of a step", _cost_text(results), _cost_table(results), "wide")
+
+
+def made_section(results: Results, more: dict[str, str] | None = None) -> str:
+    """The section on how the page was made; ``more`` facts come behind those of the training."""
+    return section("How this was made", "", _facts(results, more or {}), "wide")
 
 
 _HEATMAP_CAPTION = "Top: test image. Below: relevance in the network trained by LFP and by SGD."
 
 
-def _section(title: str, text: str, body: str, kind: str = "") -> str:
+def section(title: str, text: str, body: str, kind: str = "") -> str:
+    """A titled part of the page; ``text`` and ``body`` are markup."""
     text = f"<p>{text}</p>" if text else ""
     return f'<section><h2>{title}</h2>{text}<div class="grid {kind}">{body}</div></section>'
 
 
-def _figure(path: Path, caption: str = "", alt: str = "") -> str:
+def figure(path: Path, caption: str = "", alt: str = "") -> str:
+    """A PNG with its caption, embedded."""
     code = base64.b64encode(path.read_bytes()).decode()
     text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return (
@@ -149,15 +166,19 @@ def _header(results: Results) -> str:
     if fused.memory is not None and unit.memory:
         tiles.append((f"{fused.memory / unit.memory:.2f}&times;", "its peak memory, relative to "
                       "gradient descent"))  # fmt: skip
-    boxes = "".join(f'<div class="tile"><b>{a}</b><span>{b}</span></div>' for a, b in tiles)
-    return (
-        "<header><h1>Training without gradients</h1>"
-        f"<p>{MODEL_NAMES[s.model]} ({results.parameters:,} parameters) on {len(data.train_y):,} "
+    text = (
+        f"{MODEL_NAMES[s.model]} ({results.parameters:,} parameters) on {len(data.train_y):,} "
         f"{DATA_NAMES[data.name]}, tested on {len(data.test_y):,} held-out ones. Layer-wise "
         "Feedback Propagation (LFP) rewards each connection for what it contributed, layer by "
-        'layer (<a href="https://arxiv.org/abs/2308.12053">arXiv 2308.12053</a>).</p>'
-        f'<div class="tiles">{boxes}</div></header>'
+        'layer (<a href="https://arxiv.org/abs/2308.12053">arXiv 2308.12053</a>).'
     )
+    return header("Training without gradients", text, tiles)
+
+
+def header(title: str, text: str, tiles: list[tuple[str, str]]) -> str:
+    """The top of the page; ``text`` and ``tiles``, (figure, what it is), are markup."""
+    boxes = "".join(f'<div class="tile"><b>{a}</b><span>{b}</span></div>' for a, b in tiles)
+    return f'<header><h1>{title}</h1><p>{text}</p><div class="tiles">{boxes}</div></header>'
 
 
 MODEL_NAMES = {"lenet": "LeNet", "mlp": "An MLP", "vgg": "A VGG", "resnet": "ResNet-18"}
@@ -204,7 +225,7 @@ def _cost_table(results: Results) -> str:
     )
 
 
-def _facts(results: Results) -> str:
+def _facts(results: Results, more: dict[str, str]) -> str:
     s = results.settings
     collected = info.collect()
     facts = {
@@ -213,6 +234,7 @@ def _facts(results: Results) -> str:
         + (f"norm limit {s.clip:g}" if s.clip else "no norm limit"),
         "Training": f"{s.epochs} epochs, batches of {s.batch_size}, seed {s.seed}",
         "Rule": f"LFP-epsilon, eps {s.eps:g}; in the heatmaps {HEATMAP_EPS:g}",
+        **more,
         **{name: collected[name] for name in FACTS},
         "threads": f"{torch.get_num_threads()}",
     }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lfp_kernels
+from lfp_kernels.nn import Spiking
 
 from . import AppError, checkpoint, methods, models
 from .data import Dataset
@@ -35,6 +35,12 @@ class Settings:
     seed: int = 0
     threads: int = 0  # 0: torch's default. Decides the order of sums, so the last bits
     eps: float = 1e-6
+    # Of spiking models: time steps (0: the model's), steps at once (0: all), noise on layer inputs,
+    # derivative of a spike for sgd
+    steps: int = 0
+    chunk: int = 0
+    noise: float = 0.0
+    surrogate: str = "atan"
 
     def __post_init__(self) -> None:
         def require(name: str, fine: bool, expected: str) -> None:
@@ -43,9 +49,10 @@ class Settings:
                 raise AppError(f"--{option}: expected {expected}, got {getattr(self, name)!r}")
 
         for name, choices in (
-            ("model", models.MODELS),
+            ("model", (*models.MODELS, *models.SPIKING)),
             ("method", methods.METHODS),
             ("way", methods.WAYS),
+            ("surrogate", models.SURROGATES),
         ):
             require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         require("epochs", self.epochs >= 1, "at least 1")
@@ -56,13 +63,29 @@ class Settings:
         require("seed", 0 <= self.seed < 2**63, "a number in [0, 2^63)")
         require("threads", self.threads >= 0, "a number >= 0")
         require("eps", 0 < self.eps < math.inf, "a number > 0")
+        require("steps", self.steps >= 0, "at least 1 time step, or 0 for the model's")
+        require("chunk", self.chunk >= 0, "at least 1 time step, or 0 for all at once")
+        require("noise", 0 <= self.noise < math.inf, "a standard deviation >= 0")
+        if self.model in models.SPIKING:
+            require("method", self.method in ("lfp", "sgd"), methods.NOT_SPIKING.split(" ", 1)[1])
+            if self.method == "sgd":
+                require("chunk", not self.chunk, "0 with sgd: autograd keeps every time step")
+        else:
+            for name, default in models.Neurons()._asdict().items():
+                fine = getattr(self, name) == default
+                require(name, fine, f"{default} for {self.model}, which has no spiking neurons")
+
+    @property
+    def neurons(self) -> models.Neurons:
+        return models.Neurons(self.steps, self.chunk, self.noise, self.surrogate)
 
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, batch: int = 500) -> Tensor:
     """Classes that ``model`` gives the images x [N]; leaves it in evaluation mode."""
     model.eval()
-    return torch.cat([model(part).argmax(1) for part in x.split(batch)])
+    batch = batch // 5 if isinstance(model, Spiking) else batch  # each image at every time step
+    return torch.cat([methods.scores(model(part)).argmax(1) for part in x.split(batch)])
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -80,7 +103,8 @@ class Run:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self.order = torch.Generator().manual_seed(settings.seed)
-        self.model = models.build(settings.model, data.channels, data.size, data.classes)
+        shape = data.channels, data.size, data.classes
+        self.model = models.build(settings.model, *shape, settings.neurons)
         self.learner = methods.learner(
             self.model,
             settings.method,
@@ -112,7 +136,10 @@ class Run:
     @property
     def title(self) -> str:
         s = self.settings
-        return f"{s.model} by {s.method.upper()}" + (f" ({s.way})" if s.method != "sgd" else "")
+        how = s.way
+        if s.method == "sgd":
+            how = f"surrogate: {s.surrogate}" if s.model in models.SPIKING else ""
+        return f"{s.model} by {s.method.upper()}" + (f" ({how})" if how else "")
 
     def train(
         self, save: Path | None = None, json_log: Path | None = None, until: int | None = None
@@ -150,8 +177,8 @@ class Run:
             start = time.perf_counter()
             out = self._step(a, b)
             seconds += time.perf_counter() - start
-            hits += (out.argmax(1) == b).sum()
-            reward += lfp_kernels.rewards.softmax(out, b).double().abs().sum()
+            hits += (methods.scores(out).argmax(1) == b).sum()
+            reward += methods.reward(out, b).double().abs().sum()
             progress.step()
         if not math.isfinite(float(reward)):
             raise AppError(f"epoch {self.epoch + 1}: the training diverged; try a smaller --lr")
@@ -221,13 +248,20 @@ def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
     return str(shapes[name]) if name in shapes else "nothing"
 
 
+def new_settings(given: dict[str, Any]) -> Settings:
+    """Options given on the command line, over the defaults."""
+    if given.get("model") in models.SPIKING:
+        given = {"lr": models.SPIKING_LR, **given}
+    return Settings(**given)
+
+
 def settings_of(given: dict[str, Any], state: dict[str, Any] | None, path: Path | None) -> Settings:
     """Options given on the command line, over those of the checkpoint, over the defaults.
 
     A resumed run goes on to the same numbers, so an option that would change them is an error.
     """
     if state is None:
-        return Settings(**given)
+        return new_settings(given)
     names = {field.name for field in fields(Settings)}
     saved = state.get("settings")
     if not isinstance(saved, dict) or saved.keys() != names:
