@@ -20,6 +20,7 @@ from ..composites import Composite, LayerRule
 from . import neurons as N
 from . import stages as S
 from . import structure as M
+from . import transformer_calls
 from .modules import ADAPTIVE, avg_settings, conv_form, dims_of, flattens_all, out_of_place
 from .spiking import Spiking
 
@@ -97,6 +98,7 @@ class _Builder:
         self.slots: dict[fx.Node, int] = {}
         self.attributes: dict[fx.Node, Tensor] = {}
         self.host: set[fx.Node] = set()
+        self.taken_apart: set[fx.Node] = set()
         self.linear = composite.begins_linear(None)
         self.owners = {
             id(parameter): (name, module)
@@ -200,6 +202,10 @@ class _Builder:
             stage = Spiking(module, self.composite, name)
         elif self.time is not None and flattens_all(module):
             stage = N.Flatten(module)
+        elif (found := transformer_calls.module_stage(self, node, module)) is not None:
+            self.add(node, found, x)
+            found.inputs = [] if isinstance(module, nn.Embedding) else found.inputs
+            return
         elif isinstance(module, (nn.Flatten, nn.Unflatten)):
             stage = M.Reshape(module)
         elif isinstance(module, nn.Identity):
@@ -227,6 +233,8 @@ class _Builder:
     def function(self, node: fx.Node) -> None:
         target: Any = node.target
         x: Any = node.args[0] if node.args else None
+        if transformer_calls.function_stage(self, node):
+            return
         if self._host(node):
             return self.add(node, M.Host(target, node.op == "call_method", self._resolver(node)))
         if node.op == "call_method":
@@ -346,9 +354,9 @@ class _Builder:
         if node.op == "call_method":
             is_host = node.target in _HOST_METHODS
         elif node.target is getattr:
-            is_host = node.args[1] == "shape"
+            is_host = node.args[1] in ("shape", "device", "dtype")
         else:
-            is_host = node.target in _HOST_FUNCTIONS and any(
+            is_host = node.target in (*_HOST_FUNCTIONS, torch.arange) and any(
                 isinstance(a, fx.Node) and a in self.host for a in node.args
             )
         if is_host and isinstance(first, fx.Node):
