@@ -11,8 +11,9 @@ import torch.nn.functional as TF
 from torch import nn
 
 import lfp_kernels
-from lfp_kernels import composites
+from lfp_kernels import composites, use_backend
 from lfp_kernels import functional as F
+from lfp_kernels.testing import assert_within_budget
 
 EPS = 1e-9
 A = importlib.import_module("lfp_kernels.functional.attention")  # the name is a function's too
@@ -183,6 +184,37 @@ def norms():
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (5, 31), (400, 256), (0, 4)], ids=str)
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("identity", [True, False])
+def test_norms_of_the_backends(identity, centred, shape, dtype):
+    tensors = [rand(*shape), rand(shape[1]), rand(shape[1], seed=1), rand(*shape, seed=2)]
+    given = [t.to(dtype) for t in tensors]
+    truth = [t.double() for t in given]
+    options = {"centred": centred, "identity": identity, "eps": 1e-2, "stabilizer": 0.1}
+    found = {}
+    for backend in ("native", "reference"):
+        with use_backend(backend):
+            found[backend] = F.norm_redistribute(*given, **options)
+    with use_backend("reference"):
+        wide = F.norm_redistribute(*truth, **options)
+    for a, b, c in zip(found["native"], found["reference"], wide):
+        if dtype == torch.float64:  # the reference is the truth
+            torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-10)
+        else:
+            assert_within_budget(a, b, c)
+    again = F.norm_redistribute(*given, **options)
+    assert all(torch.equal(a, b) for a, b in zip(again, found["native"]))
+
+
+def test_norm_operator_is_registered_well():
+    x, weight = torch.randn(5, 7), torch.randn(7)
+    torch.library.opcheck(
+        torch.ops.lfp_kernels.norm_redistribute, (x, weight, None, x, True, 1e-5, 1e-6, False)
+    )
+
+
 @pytest.mark.parametrize("name", ["layer", "rms", "group"])
 def test_norm_rules(name):
     module, shape, options = norms()[name]
@@ -219,6 +251,49 @@ def test_products_of_activations():
     assert (rest["gate.weight"] == 0).all()
     torch.testing.assert_close(2 * half["value.weight"], rest["value.weight"])
     assert half["gate.weight"].abs().sum() > 0
+
+
+class Parameters(nn.Module):
+    """What models keep outside of layers: a class token, positions, a scale, a projection."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.positions = nn.Parameter(torch.randn(9, 4))
+        self.scale = nn.Parameter(torch.randn(4))
+        self.matrix = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        x = self.positions[: x.shape[1]] + x
+        return (x * self.scale) @ self.matrix
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parameters_outside_of_layers(frozen):
+    """They are weights and biases: the activation's reward is whole, their feedback is signed; and
+    freezing them changes nothing for the others."""
+    model, x = Parameters().double(), rand(2, 5, 4).requires_grad_()
+    token, positions, scale, matrix = (p.detach() for p in model.parameters())
+    model.positions.requires_grad_(not frozen)
+    model.scale.requires_grad_(not frozen)
+    x.grad = None
+    found = feedback(model, composites.Transformer(eps=EPS), x)
+    joined = torch.cat([token.expand(2, -1, -1), x.detach()], 1)
+    moved = joined + positions[:6]
+    scaled = moved * scale
+    s = rand(2, 6, 3, seed=3) / stab(scaled @ matrix)
+    expected = {"matrix": matrix.abs() * torch.einsum("nti,nto->io", scaled, s)}
+    arrived = scaled * (s @ matrix.t())
+    share = arrived / stab(moved)
+    expected["token"] = token.abs() * share[:, :1].sum(0, keepdim=True)
+    if not frozen:
+        expected["scale"] = scale.sign() * arrived.sum((0, 1))
+        expected["positions"] = torch.zeros_like(positions)
+        expected["positions"][:6] = positions[:6].abs() * share.sum(0)
+    close(found, expected)
+    torch.testing.assert_close(-x.grad, (joined * share)[:, 1:])
 
 
 @pytest.mark.parametrize("equation", ["nij,njk->nik", "nij,nkj->nik", "nij,nij->n"])

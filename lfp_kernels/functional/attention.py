@@ -125,30 +125,29 @@ def norm_redistribute(
     check.shape(op, "reward", reward, x.shape)
     if groups is None:
         width = weight.numel() if weight is not None else x.shape[-1]
-        rows = x.reshape(-1, width)
-        of = [None if p is None else p.reshape(1, -1) for p in (weight, bias)]
+        flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
+        found, *sums = select("layer_norm", x).redistribute(
+            x.reshape(-1, width), *flat, reward.reshape(-1, width), centred, eps, stabilizer,
+            identity,
+        )  # fmt: skip
     else:
         rows = x.reshape(x.shape[0] * groups, -1)
         each = rows.shape[1] * groups // x.shape[1]
         of = [
-            None if p is None
+            None
+            if p is None
             else p.view(groups, -1, 1).expand(-1, -1, each).reshape(groups, -1).repeat(len(x), 1)
             for p in (weight, bias)
-        ]  # fmt: skip
-    found, to_weight, to_bias = select("layer_norm", x).redistribute(
-        rows, *of, reward.reshape(rows.shape), centred, eps, stabilizer, identity
+        ]
+        found, *to = select("group_norm", x).rows_redistribute(
+            rows, *of, reward.reshape(rows.shape), centred, eps, stabilizer, identity
+        )
+        sums = [t.view(len(x), x.shape[1], -1).sum((0, 2)) for t in to]
+    of_weight, of_bias = (
+        None if p is None else (p.abs() * total.view(p.shape)).to(p.dtype)
+        for p, total in zip((weight, bias), sums)
     )
-
-    def total(t: Tensor, parameter: Tensor | None) -> Tensor | None:
-        if parameter is None:
-            return None
-        if groups is None:
-            total = t.sum(0).view(parameter.shape)
-        else:
-            total = t.view(len(x), parameter.numel(), -1).sum((0, 2))
-        return (parameter.abs() * total).to(parameter.dtype)
-
-    return NormFeedback(found.view(x.shape), total(to_weight, weight), total(to_bias, bias))
+    return NormFeedback(found.view(x.shape), of_weight, of_bias)
 
 
 def _rows(q: Tensor, k: Tensor) -> int:

@@ -29,12 +29,12 @@ def forward(
     return z.to(x.dtype)
 
 
-def redistribute(
+def rows_redistribute(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, reward: Tensor, centred: bool,
     eps: float, stabilizer: float, identity: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(input reward, and rows to be summed for the feedback of weight and bias, both without the
-    parameter's magnitude)."""
+    """(input reward [R, D], and rows [R, D] whose sums are the feedback of weight and bias without
+    the parameter's magnitude). weight and bias broadcast to rows."""
     acc = accumulate_dtype(x.dtype)
     xhat, invstd = normalise(x, centred, eps)
     w = torch.ones_like(xhat) if weight is None else weight.to(acc).expand_as(xhat)
@@ -48,3 +48,14 @@ def redistribute(
         g = g - (s * w).mean(1, keepdim=True) if centred else g
         found = x.to(acc) * g * invstd
     return found.to(x.dtype), s * xhat, s
+
+
+def redistribute(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, reward: Tensor, centred: bool,
+    eps: float, stabilizer: float, identity: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(input reward [R, D], sums [D] for weight and bias)."""
+    found, to_weight, to_bias = rows_redistribute(
+        x, weight, bias, reward, centred, eps, stabilizer, identity
+    )
+    return found, to_weight.sum(0), to_bias.sum(0)
