@@ -28,6 +28,7 @@ EPSILON_LAYERS: tuple[type[nn.Module], ...] = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
     Sum,
 )
 IDENTITY_LAYERS: tuple[type[nn.Module], ...] = (
@@ -98,7 +99,7 @@ class _Identity(torch.autograd.Function):
 class NestedReference:
     """Train ``model`` by LFP-epsilon with nested autograd calls.
 
-    Layers: linear, convolution (1-3d, transposed), batch norm, average pools and
+    Layers: linear, convolution (1-3d, transposed), norms, average pools and
     ``lfp_kernels.nn.Sum`` follow the epsilon rule; activations and ``lfp_kernels.nn.Step`` pass the
     reward on; every other module (max pool, flatten, dropout) acts as in plain autograd. Functional
     calls inside ``forward`` are not caught: they act as in plain autograd too.

@@ -1,11 +1,12 @@
 // Relevance through layer and RMS norms, row by row (docs/math.md, section 7): statistics, the
 // division by the output and the whole derivative while a row is in the nearest cache; the rows'
-// sums for weight and bias in one partial sum per thread, added up in order.
+// sums for weight and bias in one partial sum per block of rows, added up in order.
 #include "loops.h"
 
 namespace lfp::cpu {
 namespace {
 
+constexpr int64_t kRows = 32, kParts = 256;  // rows of a partial sum at least, partial sums at most
 constexpr int64_t kLanes = 16;  // partial sums of a row, so that its loops fill the vector units
 
 template <class T>
@@ -78,8 +79,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_redistribute(Tensor x, std::optional<Ten
   dispatch_dtype(x.scalar_type(), "norm_redistribute", [&](auto element) {
     using T = decltype(element);
     using A = Acc<T>;
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, n));
-    const int64_t parts = std::clamp<int64_t>(rows / grain, 1, torch::stable::get_num_threads());
+    // As many partial sums as there are blocks of rows, whatever the threads: the same bits, and no
+    // sum is long.
+    const int64_t parts = std::clamp<int64_t>(rows / kRows, 1, kParts);
     std::vector<A> sums(static_cast<size_t>(2 * parts * n), A(0));
     const auto walk = [&](int64_t first, int64_t last) {
       std::vector<A> scratch(static_cast<size_t>(2 * n));
@@ -91,10 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_redistribute(Tensor x, std::optional<Ten
                       scratch.data(), scratch.data() + n, data<T>(found) + r * n,
                       sums.data() + 2 * part * n, sums.data() + (2 * part + 1) * n);
     };
-    if (parts == 1)
-      walk(0, 1);
-    else
-      torch::stable::parallel_for(0, parts, 1, walk);
+    parallel_items(parts, std::max<int64_t>(1, rows * n / parts), walk);
     A *to_weight = data<A>(weight_sum), *to_bias = data<A>(bias_sum);
     for (int64_t i = 0; i < n; ++i) {
       A w = 0, b = 0;

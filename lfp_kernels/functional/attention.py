@@ -18,7 +18,8 @@ from ..backends import select
 from ..rules import accumulate_dtype
 
 _ = ops  # registers the schemas
-_BLOCK = 1 << 22  # probabilities of a block of queries
+_BLOCK = 1 << 17  # probabilities of a block of queries: they stay in a core's cache
+_DEVICE_BLOCK = 1 << 22  # beside the CPU, where every block is a round of launches
 
 
 class NormFeedback(NamedTuple):
@@ -153,7 +154,8 @@ def norm_redistribute(
 def _rows(q: Tensor, k: Tensor) -> int:
     """Queries of a block."""
     heads = max(1, math.prod(q.shape[:-2]))
-    return max(16, _BLOCK // (heads * max(1, k.shape[-2])))
+    block = _BLOCK if q.device.type == "cpu" else _DEVICE_BLOCK
+    return max(16, block // (heads * max(1, k.shape[-2])))
 
 
 def _check(
