@@ -122,7 +122,9 @@ def launches_of(p: Product, unit: str, element: int, gpu: Gpu) -> list[Launch]:
     wanted = _splits(tiles, p.k, core.k, gpu)
     per_split = ceil_div(ceil_div(p.k, wanted), core.k) * core.k
     splits = ceil_div(p.k, per_split) if p.k else 1
-    tag = f"{p.tag}<{type_name(element, unit)}>"
+    # the input epilogue has the width of its accesses for a second parameter
+    end = ", " if p.tag == "InputEpilogue" else ">"
+    tag = f"{p.tag}<{type_name(element, unit)}{end}"
     main = Launch(
         core.kernel, (core.token, tag), tiles * splits, core.threads,
         core.shared(p.a.along_k, p.b.along_k), p.flops, unit,
