@@ -98,6 +98,8 @@ def lost(rank, port, queue):
     except RuntimeError as error:
         same = all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
         queue.put((str(error), same))
+        queue.close()
+        queue.join_thread()  # what is in it has left this process
     os._exit(0)
 
 

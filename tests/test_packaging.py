@@ -91,14 +91,21 @@ def test_backends_of_one_op_never_import_each_other() -> None:
                 assert not (names & (peers - {path.stem})), f"{path}: {ast.unparse(node)}"
 
 
+# docs/transformers.md says that these have a reference alone so far.
+REFERENCE_ONLY = {"attention", "group_norm"}
+
+
 def test_every_op_has_a_reference_and_a_native_implementation() -> None:
+    import torch
+
     from lfp_kernels import backends
 
+    missing = set()
     for op in backends.ops():
-        for backend in ("reference", "native"):
-            import torch
-
-            assert backends.supports(op, backend, "cpu", torch.float32) is None, (op, backend)
+        assert backends.supports(op, "reference", "cpu", torch.float32) is None, op
+        if backends.supports(op, "native", "cpu", torch.float32) is not None:
+            missing.add(op)
+    assert missing == REFERENCE_ONLY
 
 
 def test_import_needs_neither_triton_nor_library() -> None:
