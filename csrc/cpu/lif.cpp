@@ -1,6 +1,6 @@
-// Scans of spiking neurons over time, packed spikes, and noise (docs/math.md, section 6).
+// Spiking neurons forward in time, packed spikes, and noise (docs/math.md, section 6).
 //
-// Currents and rewards are read once, the membrane is written once, spikes leave as bits.
+// Currents are read once, the membrane is written once, spikes leave as bits.
 #include "lif.h"
 
 #include "noise.h"
@@ -51,64 +51,6 @@ std::tuple<Tensor, Tensor, Tensor> lif_forward(Tensor current, std::optional<Ten
     LFP_CHECK(known, "lif_forward", "unknown reset code ", reset);
   });
   return {bits, membrane, last};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> lif_feedback(Tensor reward, Tensor membrane, Tensor bits,
-                                                        std::optional<Tensor> state,
-                                                        std::optional<Tensor> carry, Tensor beta,
-                                                        Tensor threshold, int64_t inner, double eps,
-                                                        int64_t reset, bool sums, bool as_reward,
-                                                        bool need_parameters) {
-  reward = dense(reward), membrane = dense(membrane), bits = dense(bits);
-  beta = dense(beta), threshold = dense(threshold);
-  if (state) state = dense(*state);
-  if (carry) carry = dense(*carry);
-  const int64_t steps = reward.size(0), neurons = reward.size(1);
-  Tensor signal = empty_like(reward, {sums ? 1 : steps, neurons});
-  Tensor carried = empty_like(reward, {neurons});
-  Tensor beta_sum = empty_like(reward, {need_parameters ? neurons : 0});
-  Tensor threshold_sum = empty_like(reward, {need_parameters ? neurons : 0});
-  dispatch_dtype(reward.scalar_type(), "lif_feedback", [&](auto element) {
-    using T = decltype(element);
-    using A = Acc<T>;
-    const bool known = dispatch_reset<A>(reset, [&](auto kind) {
-      using N = decltype(kind);
-      const T *r = data<T>(reward), *u = data<T>(membrane);
-      const T* first = state ? data<T>(*state) : nullptr;
-      const T* m0 = carry ? data<T>(*carry) : nullptr;
-      const uint8_t* spikes = data<uint8_t>(bits);
-      T *to = data<T>(signal), *end = data<T>(carried);
-      T *beta_to = data<T>(beta_sum), *threshold_to = data<T>(threshold_sum);
-      const std::array<T, kTile> rest{};  // the membrane before the first step
-      parallel_items((neurons + kTile - 1) / kTile, kTile * steps, [&](int64_t a, int64_t b) {
-        for (int64_t tile = a; tile < b; ++tile) {
-          const int64_t m = tile * kTile, count = std::min(kTile, neurons - m);
-          const auto v = parameters_of<T>(beta, threshold, inner, m, count);
-          Backward<A> c;
-          if (m0)
-            for (int64_t i = 0; i < count; ++i) c.carry[i] = load(m0, m + i);
-          for (int64_t t = steps - 1; t >= 0; --t) {
-            const int64_t at = t * neurons + m;
-            const T* before = t > 0 ? u + at - neurons : first ? first + m : rest.data();
-            feedback_step<T, N>(r + at, u + at, before, spikes + t / kPlane * neurons + m,
-                                static_cast<int>(t % kPlane), v, A(eps), count, c);
-            if (need_parameters) add_parameters(count, c);
-            hand_on(sums, as_reward, count, c, sums ? to : to + at);
-          }
-          for (int64_t i = 0; i < count; ++i) {
-            store(end, m + i, c.carry[i]);
-            if (sums) store(to, m + i, c.total[i]);
-            if (need_parameters) {
-              store(beta_to, m + i, c.beta[i]);
-              store(threshold_to, m + i, c.threshold[i]);
-            }
-          }
-        }
-      });
-    });
-    LFP_CHECK(known, "lif_feedback", "unknown reset code ", reset);
-  });
-  return {signal, carried, beta_sum, threshold_sum};
 }
 
 Tensor add_noise(Tensor x, int64_t steps, double noise, int64_t seed, int64_t first) {
@@ -172,7 +114,6 @@ Tensor spikes_unpack(Tensor bits, int64_t steps, ScalarType dtype, double noise,
 
 STABLE_TORCH_LIBRARY_IMPL(lfp_kernels, CPU, m) {
   m.impl("lif_forward", TORCH_BOX(&lfp::cpu::lif_forward));
-  m.impl("lif_feedback", TORCH_BOX(&lfp::cpu::lif_feedback));
   m.impl("spikes_unpack", TORCH_BOX(&lfp::cpu::spikes_unpack));
   m.impl("add_noise", TORCH_BOX(&lfp::cpu::add_noise));
 }

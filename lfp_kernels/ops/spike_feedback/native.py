@@ -1,4 +1,4 @@
-"""The neurons' feedback in event-driven networks, compiled (csrc/cpu/lif_events.cpp). CPU only."""
+"""The neurons' feedback in event-driven networks, compiled (csrc/cpu/lif_feedback.cpp). CPU only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spiking neurons in compiled code (csrc/cpu/lif.cpp, csrc/cuda/lif.cu)."""
+"""Spiking neurons in compiled code (csrc/cpu/lif*.cpp, csrc/cuda/lif.cu)."""
 
 from __future__ import annotations
 

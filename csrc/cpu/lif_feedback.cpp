@@ -1,6 +1,6 @@
-// The backward scan of neurons, with what stands around it in an event-driven network: the membrane
-// is computed again where the current is constant, and the reward is taken from behind the max pool
-// that the spikes went through. Neither is ever stored.
+// The backward scan of neurons (docs/math.md, section 6), and with what stands around it in an
+// event-driven network: the membrane is computed again where the current is constant, the reward is
+// taken from behind the max pool that the spikes went through, the signal replaces the membrane.
 #include "lif.h"
 
 namespace lfp::cpu {
@@ -133,6 +133,20 @@ void scan_tiles(const Scan& s, const Results& out, int64_t a, int64_t b) {
   }
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Scan& s, const Results& out, int64_t reset,
+                                               const char* op) {
+  dispatch_dtype(s.reward.scalar_type(), op, [&](auto element) {
+    using T = decltype(element);
+    const bool known = dispatch_reset<Acc<T>>(reset, [&](auto kind) {
+      using N = decltype(kind);
+      parallel_items((s.neurons + kTile - 1) / kTile, kTile * s.steps,
+                     [&](int64_t a, int64_t b) { scan_tiles<T, N>(s, out, a, b); });
+    });
+    STD_TORCH_CHECK(known, "lfp_kernels::", op, ": unknown reset code ", reset);
+  });
+  return {out.signal, out.carry, out.beta, out.threshold};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> spike_lif_feedback(
     Tensor reward, Tensor membrane, bool constant, Tensor bits, std::optional<Tensor> state,
     std::optional<Tensor> carry, Tensor beta, Tensor threshold, int64_t inner, Ints pool,
@@ -166,27 +180,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spike_lif_feedback(
   const Results out{overwrite ? none_like(reward) : empty_like(reward, {sums ? 1 : steps, neurons}),
                     empty_like(reward, {neurons}), empty_like(reward, {parameters}),
                     empty_like(reward, {parameters})};
-  const auto run = [&](auto element) {
-    using T = decltype(element);
-    const bool known = dispatch_reset<T>(reset, [&](auto kind) {
-      using N = decltype(kind);
-      parallel_items((neurons + kTile - 1) / kTile, kTile * steps,
-                     [&](int64_t a, int64_t b) { scan_tiles<T, N>(s, out, a, b); });
-    });
-    LFP_CHECK(known, "spike_lif_feedback", "unknown reset code ", reset);
-  };
-  if (reward.scalar_type() == ScalarType::Double)
-    run(double{});
-  else if (reward.scalar_type() == ScalarType::Float)
-    run(float{});
-  else
-    LFP_CHECK(false, "spike_lif_feedback", "expected float64 or float32");
-  return {out.signal, out.carry, out.beta, out.threshold};
+  return run(s, out, reset, "spike_lif_feedback");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lif_feedback(Tensor reward, Tensor membrane, Tensor bits,
+                                                        std::optional<Tensor> state,
+                                                        std::optional<Tensor> carry, Tensor beta,
+                                                        Tensor threshold, int64_t inner, double eps,
+                                                        int64_t reset, bool sums, bool as_reward,
+                                                        bool need_parameters) {
+  const int64_t steps = reward.size(0);
+  return spike_lif_feedback(reward, membrane, false, bits, state, carry, beta, threshold, inner, {},
+                            steps, eps, reset, sums, as_reward, need_parameters, false);
 }
 
 }  // namespace
 }  // namespace lfp::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(lfp_kernels, CPU, m) {
+  m.impl("lif_feedback", TORCH_BOX(&lfp::cpu::lif_feedback));
   m.impl("spike_lif_feedback", TORCH_BOX(&lfp::cpu::spike_lif_feedback));
 }
