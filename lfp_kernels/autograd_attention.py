@@ -62,6 +62,22 @@ class ProductReward(torch.autograd.Function):
         return first, second, None, None, None
 
 
+class ParameterReward(torch.autograd.Function):
+    """A parameter where an activation may stand: the feedback of what got relevance r is
+    ``sign(w) * r``."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor):
+        ctx.save_for_backward(weight)
+        return weight.data.view_as(weight)  # no part of a parameter any more
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        (weight,) = ctx.saved_tensors
+        return reward * weight.sign()
+
+
 class AttentionReward(torch.autograd.Function):
     """scaled_dot_product_attention by AttnLRP's rules, block by block."""
 

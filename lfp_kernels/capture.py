@@ -222,7 +222,7 @@ class RewardMode(TorchFunctionMode):
         if self.attachment.composite.plain and not self._has_handler(func):
             return func(*args, **kwargs)
         if handler is not None:
-            if _takes_part(*args, *kwargs.values()):
+            if _takes_part(*_flat(args), *kwargs.values()):
                 return handler(self.attachment, *args, **kwargs)
             return func(*args, **kwargs)
         if func in _PLAIN:

@@ -27,6 +27,19 @@ def _of(at: Attachment) -> Transformer:
     return at.composite  # type: ignore[return-value]
 
 
+def _learned(value: Any) -> bool:
+    """A parameter or a part of one (the first rows of a table of positions)."""
+    return isinstance(value, nn.Parameter) or isinstance(
+        getattr(value, "_base", None), nn.Parameter
+    )
+
+
+def _owned(value: Any) -> Any:
+    """A parameter among activations: what arrives there is relevance, its feedback is signed."""
+    learned = _learned(value) and value.requires_grad
+    return R.ParameterReward.apply(value) if learned else value
+
+
 def _softmax(
     at: Attachment, x: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None, **_: Any
 ) -> Tensor:
@@ -34,10 +47,13 @@ def _softmax(
 
 
 def _product(at: Attachment, function: Any, a: Tensor, b: Tensor, **options: Any) -> Tensor:
-    """A product of two activations halves the reward; that with a constant hands it on."""
-    both = _active(a) and _active(b)
+    """A product of two activations halves the reward; that with a constant or a parameter hands it
+    on."""
+    both = _active(a) and _active(b) and not (_learned(a) or _learned(b))
     shares = (0.5, 0.5) if both else (1.0, 1.0)
-    return R.ProductReward.apply(a, b, lambda x, y: function(x, y, **options), shares, _of(at).eps)
+    return R.ProductReward.apply(
+        _owned(a), _owned(b), lambda x, y: function(x, y, **options), shares, _of(at).eps
+    )
 
 
 def _einsum(at: Attachment, equation: str, *operands: Any) -> Tensor:
@@ -56,8 +72,8 @@ def _baddbmm(
 
 
 def _multiply(at: Attachment, function: Any, a: Any, b: Any) -> Any:
-    """Numbers and constants hand the reward on; of two activations each gets half, or the gate
-    (the one behind an activation function) nothing."""
+    """Numbers, constants and parameters (LayerScale) hand the reward on; of two activations each
+    gets half, or the gate (the one behind an activation function) nothing."""
     if not (_active(a) and _active(b)):
         x, other = (a, b) if _active(a) else (b, a)
         forward = function if x is a else lambda v, w: function(w, v)
@@ -66,7 +82,9 @@ def _multiply(at: Attachment, function: Any, a: Any, b: Any) -> Any:
         at.left_out(function, (a, b), {})
         return function(a, b)
     shares = (0.5, 0.5)
-    if _of(at).gate == "identity":
+    if _learned(a) or _learned(b):
+        shares, a, b = (1.0, 1.0), _owned(a), _owned(b)
+    elif _of(at).gate == "identity":
         gated = [type(t.grad_fn).__name__.startswith("IdentityReward") for t in (a, b)]
         if gated[0] != gated[1]:
             shares = (0.0, 1.0) if gated[0] else (1.0, 0.0)
@@ -214,16 +232,18 @@ def _addmm(at: Attachment, input: Tensor, x: Tensor, weight: Tensor, **scale: An
     )
 
 
-def _add(at: Attachment, input: Any, other: Any, **options: Any) -> Any:
-    """A constant (an attention mask, a table of sines) takes no relevance."""
-    if _active(input) and _active(other):
-        return TABLE[torch.add](at, input, other, **options)
-    first = _active(input)
+def _add(at: Attachment, input: Any, other: Any, *, alpha: Any = 1) -> Any:
+    """The rule of sums. A constant (a table of sines, a mask) gets the share that a parameter in
+    its place would get: freezing one changes no other's reward."""
+    if not _active(input) and alpha == 1:
+        input, other = other, input  # the activation decides the dtype
+    first, second = (t if isinstance(t, nn.Parameter) else _owned(t) for t in (input, other))
+    return TABLE[torch.add](at, first, second, alpha=alpha)
 
-    def add(v: Tensor) -> Tensor:
-        return torch.add(v, other, **options) if first else torch.add(input, v, **options)
 
-    return autograd.IdentityReward.apply(input if first else other, add, False)
+def _repeat(at: Attachment, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A parameter for every sample (a class token) is an activation from here on."""
+    return function(_owned(x), *args, **kwargs)
 
 
 def _subtract(at: Attachment, a: Any, b: Any, *, alpha: Any = 1) -> Any:
@@ -253,6 +273,14 @@ _DIVIDE: tuple[tuple[Any, ...], Any] = (
 _ADD: tuple[Any, ...] = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 _SUBTRACT: tuple[Any, ...] = (torch.sub, Tensor.sub, Tensor.__sub__)
 _NEGATE: tuple[Any, ...] = (torch.neg, Tensor.neg, Tensor.__neg__)
+_REPEATS: tuple[Any, ...] = (
+    Tensor.expand,
+    Tensor.expand_as,
+    Tensor.repeat,
+    torch.broadcast_to,
+    Tensor.broadcast_to,
+    torch.tile,
+)
 _ROUTES: tuple[Any, ...] = (
     torch.where,
     Tensor.where,
@@ -272,6 +300,8 @@ def _shared() -> dict[Any, Handler]:
         table[function] = _add
     for function in _ROUTES:
         table[function] = _bind(_plain, function)
+    for function in _REPEATS:
+        table[function] = _bind(_repeat, function)
     return table
 
 

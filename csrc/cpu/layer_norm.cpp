@@ -54,11 +54,13 @@ LFP_CLONES void norm_row(NormRow<T> row, Acc<T>* xhat, Acc<T>* g, T* found, Acc<
     weight_sum[i] += s * h;
     bias_sum[i] += s;
   }
-  if (row.identity) {
+  if (row.identity && !row.centred && !row.bias) {  // every term of z is its own input's
     for (int64_t i = 0; i < n; ++i) store(found, i, load(row.reward, i));
     return;
   }
-  const A along = row_sum<A>(n, [&](int64_t i) { return g[i] * xhat[i]; }) / count;
+  // AttnLRP holds the deviation constant: then nothing flows along xhat.
+  const A along =
+      row.identity ? A(0) : row_sum<A>(n, [&](int64_t i) { return g[i] * xhat[i]; }) / count;
   const A shift = row.centred ? row_sum<A>(n, [&](int64_t i) { return g[i]; }) / count : A(0);
   for (int64_t i = 0; i < n; ++i)
     store(found, i, load(row.x, i) * (g[i] - xhat[i] * along - shift) * invstd);

@@ -117,8 +117,10 @@ def norm_redistribute(
 
     Args:
         x, reward: [..., *weight.shape], or [N, C, ...] of a group norm. weight, bias: or None.
-        identity: the reward passes unchanged (AttnLRP); else by the epsilon rule with the whole
-            derivative, statistics included (the official package).
+        identity: the division by the deviation hands the reward on, and the rest (mean, weight,
+            bias) follows the epsilon rule (AttnLRP): the reward itself, where there is no mean and
+            no bias. Else the epsilon rule with the whole derivative, statistics included (the
+            official package).
     """
     op = "norm_redistribute"
     check.floating(op, "x", x)

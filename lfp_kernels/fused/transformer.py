@@ -89,7 +89,7 @@ class Attention(Stage):
 
     def __init__(self, causal: bool, scale: float | None, composite: Transformer) -> None:
         super().__init__()
-        self.options = {"is_causal": causal, "scale": scale}
+        self.options: dict[str, Any] = {"is_causal": causal, "scale": scale}
         self.composite = composite
 
     def keeps(self) -> set[int]:

@@ -40,13 +40,13 @@ def rows_redistribute(
     w = torch.ones_like(xhat) if weight is None else weight.to(acc).expand_as(xhat)
     b = torch.zeros_like(xhat) if bias is None else bias.to(acc).expand_as(xhat)
     s = reward.to(acc) / stabilize(xhat * w + b, stabilizer)
-    if identity:
-        found = reward.to(acc)
+    if identity and not centred and bias is None:
+        found = reward.to(acc)  # every term of the output is its own input's
     else:
         g = s * w
-        g = g - xhat * (g * xhat).mean(1, keepdim=True)
-        g = g - (s * w).mean(1, keepdim=True) if centred else g
-        found = x.to(acc) * g * invstd
+        along = 0.0 if identity else xhat * (g * xhat).mean(1, keepdim=True)
+        shift = g.mean(1, keepdim=True) if centred else 0.0
+        found = x.to(acc) * (g - along - shift) * invstd
     return found.to(x.dtype), s * xhat, s
 
 

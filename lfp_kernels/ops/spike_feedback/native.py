@@ -1,4 +1,4 @@
-"""The neurons' feedback in event-driven networks, compiled (csrc/cpu/lif_feedback.cpp). CPU only."""
+"""The neurons' feedback in event-driven networks, compiled (csrc/cpu/lif_feedback.cpp)."""
 
 from __future__ import annotations
 
