@@ -30,7 +30,6 @@ from examples.results import text_table
 from lfp_kernels import composites, metrics, rewards
 from lfp_kernels.app import AppError, plots
 from lfp_kernels.app.progress import Progress
-from lfp_kernels.capture_attention import TABLES
 
 BYTES = 256
 NAMES = {"lfp": "LFP", "sgd": "gradient descent"}
@@ -146,20 +145,8 @@ def baselines(train: Tensor, pieces: Tensor) -> dict[str, float]:
     return {"unigram": float(unigram[after].mean()), "bigram": float(bigram[before, after].mean())}
 
 
-class Rules(composites.Transformer):
-    """The composite of transformers with the rule of the norms chosen apart from the mode.
-
-    Args:
-        norms: "epsilon", the norm's whole derivative, or "identity", the reward passes unchanged.
-    """
-
-    def __init__(self, mode: str, norms: str, eps: float, residual: str) -> None:
-        # The mode of the base is read by nothing but the norms.
-        super().__init__("attnlrp" if norms == "identity" else "plain", eps, residual=residual)
-        self.functions = mode
-
-    def handlers(self) -> dict[Any, Any]:
-        return TABLES[self.functions, self.residual]
+def _composite(o: argparse.Namespace) -> composites.Transformer:
+    return composites.Transformer(o.mode, o.eps, residual=o.residual, norms=o.norms)
 
 
 def _finite(out: Tensor) -> Tensor:
@@ -192,7 +179,7 @@ class Setup(NamedTuple):
     def compute(self, method: str, model: nn.Module) -> Callable[[Tensor, Tensor], None]:
         """What leaves the gradient, or -feedback, in ``.grad``: means over the bytes."""
         o = self.options
-        rules, reward = Rules(o.mode, o.norms, o.eps, o.residual), rewards.get(o.reward)
+        rules, reward = _composite(o), rewards.get(o.reward)
 
         def lfp(x: Tensor, y: Tensor) -> None:
             with rules.context(model):
@@ -328,8 +315,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     start = "unigram: a bias of the head that begins as the log of the bytes' shares"
     add("--start", choices=("random", "unigram"), default="random", help=start)
     add("--mode", choices=("plain", "attnlrp"), default="attnlrp")
-    norms = "identity is what composites.Transformer('attnlrp') does"
-    add("--norms", choices=("identity", "epsilon"), default="epsilon", help=norms)
+    norms = "attnlrp is what composites.Transformer('attnlrp') does"
+    add("--norms", choices=("attnlrp", "epsilon"), default="epsilon", help=norms)
     add("--residual", choices=("epsilon", "gradient"), default="epsilon")
     add("--eps", type=float, default=0.01)
     add("--reward", default="softmax", help="a name in lfp_kernels.rewards")

@@ -170,7 +170,7 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _norm(at: Attachment, x: Tensor, weight: Any, bias: Any, function: Any, **kind: Any) -> Tensor:
-    options = {**kind, "stabilizer": _of(at).eps, "identity": _of(at).mode == "attnlrp"}
+    options = {**kind, "stabilizer": _of(at).eps, "identity": _of(at).norms == "attnlrp"}
     return R.NormReward.apply(x, weight, bias, function, options)
 
 

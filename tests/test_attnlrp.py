@@ -201,3 +201,18 @@ def test_a_bias_of_positions_written_out_is_the_one_call():
 
     composite, x = composites.Transformer(eps=EPS), rand(2, 5, 6)
     close(*(feedback(Attend(eager).double(), composite, x) for eager in (False, True)))
+
+
+def test_norms_are_chosen_apart_from_the_mode():
+    model = GPT().double()
+    found = {
+        (mode, norms): feedback(model, composites.Transformer(mode, eps=EPS, norms=norms), TOKENS)
+        for mode in ("attnlrp", "plain")
+        for norms in (None, "attnlrp", "epsilon")
+    }
+    for mode, own, other in (("attnlrp", "attnlrp", "epsilon"), ("plain", "epsilon", "attnlrp")):
+        name = "blocks.0.qkv.weight"
+        assert torch.equal(found[mode, None][name], found[mode, own][name])
+        assert not torch.allclose(found[mode, None][name], found[mode, other][name])
+    with pytest.raises(ValueError, match="norms: expected one of .*got 'identity'"):
+        composites.Transformer(norms="identity")

@@ -38,7 +38,7 @@ def test_learns_a_toy_text_by_lfp(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "extra", ["--mode plain --eps 0.1", "--norms identity --start unigram --tied"]
+    "extra", ["--mode plain --eps 0.1", "--norms attnlrp --start unigram --tied"]
 )
 def test_other_rules_learn_it_too(tmp_path, extra):
     found = learn(tmp_path, f"--method lfp {extra}")

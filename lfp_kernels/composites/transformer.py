@@ -13,6 +13,7 @@ from .base import Composite
 MODES = ("attnlrp", "plain")
 GATES = ("half", "identity")
 RESIDUALS = ("epsilon", "gradient")
+NORMS = ("attnlrp", "epsilon")
 _KNOWN = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding, nn.MultiheadAttention)
 
 
@@ -28,6 +29,8 @@ class Transformer(Composite):
         eps: stabilizer of every denominator, > 0.
         residual: what the operands of a sum of activations get: "epsilon": the share that each
             contributed; "gradient": the whole reward each, as the official package really runs.
+        norms: "attnlrp": the division by the deviation hands the reward on, mean, weight and bias
+            follow epsilon; "epsilon": the whole derivative. None: that of the mode.
         gate: of a product of an activation function's output with another activation: "half" to
             each, or "identity": all to the other one (mode "attnlrp").
         layers, default, dropout, feedback_dtype: see :class:`Composite`.
@@ -39,6 +42,7 @@ class Transformer(Composite):
         eps: float = 1e-6,
         *,
         residual: str = "epsilon",
+        norms: str | None = None,
         gate: str = "half",
         layers: Any = (),
         **options: Any,
@@ -51,7 +55,10 @@ class Transformer(Composite):
             raise ValueError(
                 f"Transformer: residual: expected one of {RESIDUALS}, got {residual!r}"
             )
+        if norms not in (None, *NORMS):
+            raise ValueError(f"Transformer: norms: expected one of {NORMS} or None, got {norms!r}")
         super().__init__(EpsilonRule(eps), layers=layers, **options)
+        self.norms = norms or ("attnlrp" if mode == "attnlrp" else "epsilon")
         self.mode, self.eps, self.residual, self.gate = mode, eps, residual, gate
 
     reenters = True

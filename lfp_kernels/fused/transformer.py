@@ -73,7 +73,7 @@ class Norm(Stage):
         eps = m.eps if m.eps is not None else torch.finfo(x.dtype).eps
         found = F.norm_redistribute(
             x, m.weight, self._bias, reward, centred=self.centred, eps=eps,
-            stabilizer=self.composite.eps, identity=self.composite.mode == "attnlrp",
+            stabilizer=self.composite.eps, identity=self.composite.norms == "attnlrp",
         )  # fmt: skip
         for parameter, feedback in ((m.weight, found.weight), (self._bias, found.bias)):
             if parameter is not None and parameter.requires_grad:
@@ -81,7 +81,7 @@ class Norm(Stage):
         return (found.input,)
 
     def describe(self) -> str:
-        return f"{type(self.module).__name__}, {self.composite.mode}"
+        return f"{type(self.module).__name__}, {self.composite.norms}"
 
 
 class Attention(Stage):
