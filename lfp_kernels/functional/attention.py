@@ -18,7 +18,7 @@ from ..backends import select
 from ..rules import accumulate_dtype
 
 _ = ops  # registers the schemas
-_BLOCK = 1 << 17  # probabilities of a block of queries: they stay in a core's cache
+_BLOCK = 1 << 18  # probabilities of a block of queries: they stay in a core's cache
 _DEVICE_BLOCK = 1 << 22  # beside the CPU, where every block is a round of launches
 
 
