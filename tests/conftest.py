@@ -132,3 +132,24 @@ def simulate_triton(capability: int) -> None:
     for table in backends._implementations.values():
         if "triton" in table:
             table["native"] = replace(table["triton"], devices=None)
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny products gain nothing from more threads, and a busy machine makes them crawl."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """A folder with tiny files in the form of MNIST's."""
+    from app_files import make_mnist
+
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    return make_mnist(folder)

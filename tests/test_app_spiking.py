@@ -16,20 +16,7 @@ from lfp_kernels.nn import Spiking
 SPIKING = sorted(models.SPIKING)
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread: tiny products gain nothing from more, and a busy machine makes them crawl."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def mnist(tmp_path):
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    return make_mnist(folder)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def options(folder, *more):

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from examples import gpt
-from lfp_kernels.app import AppError, plots
-
-pytestmark = pytest.mark.skipif(plots.plt is None, reason="the example draws with matplotlib")
+from lfp_kernels.app import AppError
 
 WORDS = b"the cat sat on the mat and the dog ate the hat. a man ran to the van. "
 TINY = (

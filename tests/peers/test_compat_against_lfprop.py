@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from mirrored import PACKAGES, not_mirrored
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.peers
 
-PACKAGES = ("lfprop", "lfp_kernels.compat.lfprop")
 RELATIVE = 1e-5
 # Steps one after the other, each from the weights that the one before left: rounding that a small
 # eps (or Oja's quotient) magnifies in one step is magnified again in the next, hence not many.
@@ -277,14 +277,7 @@ def test_names() -> None:
         },
     }  # fmt: skip
     for path, missing in left_out.items():
-        theirs, ours = (part(p, path) for p in PACKAGES)
-        names = {
-            name
-            for name, value in vars(theirs).items()
-            if not name.startswith("_") and not isinstance(value, ModuleType)
-            and getattr(value, "__module__", theirs.__name__) == theirs.__name__
-        }  # fmt: skip
-        assert {name for name in names if not hasattr(ours, name)} == missing, path
+        assert not_mirrored(path) == missing, path
 
 
 def test_model_names() -> None:
