@@ -10,7 +10,13 @@ import torch.nn.functional as TF
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .functional import attention, attention_redistribute, norm_redistribute, softmax_redistribute
+from .functional import (
+    attention,
+    attention_redistribute,
+    embedding_redistribute,
+    norm_redistribute,
+    softmax_redistribute,
+)
 from .rules import stabilize
 
 
@@ -79,22 +85,23 @@ class ParameterReward(torch.autograd.Function):
 
 
 class AttentionReward(torch.autograd.Function):
-    """scaled_dot_product_attention by AttnLRP's rules, block by block."""
+    """scaled_dot_product_attention, block by block. ``rule``: mode and eps of its way back."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict, eps: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict, rule: dict
     ):
-        out = attention(q, k, v, mask, **options)
-        ctx.save_for_backward(q.data, k.data, v.data, out.data, mask)
-        ctx.options, ctx.eps = options, eps
+        out, lse = attention(q, k, v, mask, **options)
+        ctx.save_for_backward(q.data, k.data, v.data, out.data, lse, mask)
+        ctx.options, ctx.rule = options, rule
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, reward: Tensor):
-        q, k, v, out, mask = ctx.saved_tensors
-        found = attention_redistribute(q, k, v, out, reward, mask, eps=ctx.eps, **ctx.options)
+        q, k, v, out, lse, mask = ctx.saved_tensors
+        options = {"lse": lse, **ctx.rule, **ctx.options}
+        found = attention_redistribute(q, k, v, out, reward, mask, **options)
         return *found, None, None, None
 
 
@@ -133,14 +140,16 @@ class EmbeddingReward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, reward: Tensor):
         weight, tokens = ctx.saved_tensors
+        options = {"padding": ctx.padding, "eps": ctx.eps}
+        if not ctx.sparse:
+            found = embedding_redistribute(weight, tokens, reward, **options)
+            return found, None, None, None, None
         rows = weight[tokens]
         feedback = rows.abs() * (reward / stabilize(rows, ctx.eps))
         if ctx.padding is not None:
             feedback = feedback.masked_fill((tokens == ctx.padding)[..., None], 0.0)
-        feedback, index = feedback.reshape(-1, weight.shape[1]), tokens.reshape(-1)
-        if ctx.sparse:
-            total = torch.sparse_coo_tensor(
-                index[None], feedback, weight.shape, check_invariants=False
-            )
-            return total, None, None, None, None
-        return torch.zeros_like(weight).index_add_(0, index, feedback), None, None, None, None
+        total = torch.sparse_coo_tensor(
+            tokens.reshape(1, -1), feedback.reshape(-1, weight.shape[1]), weight.shape,
+            check_invariants=False,
+        )  # fmt: skip
+        return total, None, None, None, None

@@ -96,12 +96,13 @@ def _attention(
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    if enable_gqa:
-        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
-        v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
+    if not enable_gqa and k.shape[:-2] != q.shape[:-2]:  # torch broadcasts the leading dimensions
+        front = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+        q, k, v = (t.expand(*front, *t.shape[-2:]) for t in (q, k, v))
     seed = int(torch.randint(2**31, ())) if dropout_p else 0
     options = {"causal": is_causal, "scale": scale, "dropout": dropout_p, "seed": seed}
-    return R.AttentionReward.apply(q, k, v, attn_mask, options, _of(at).eps)
+    mode, eps = _of(at).mode, _of(at).eps
+    return R.AttentionReward.apply(q, k, v, attn_mask, options, {"mode": mode, "eps": eps})
 
 
 def _multi_head(
@@ -295,6 +296,7 @@ def _shared() -> dict[Any, Handler]:
         TF.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, TF.rms_norm: _rms_norm,
         TF.group_norm: _group_norm, TF.embedding: _embedding, torch.addmm: _addmm,
         TF.multi_head_attention_forward: _multi_head,
+        TF.scaled_dot_product_attention: _attention,
     }  # fmt: skip
     for function in _ADD:
         table[function] = _add
@@ -316,7 +318,6 @@ def _attnlrp() -> dict[Any, Handler]:
     for function in _MATMUL:
         table[function] = _bind(_product, function)
     table[torch.einsum], table[torch.baddbmm] = _einsum, _baddbmm
-    table[TF.scaled_dot_product_attention] = _attention
     for functions, operation in (_MULTIPLY, _DIVIDE):
         for function in functions:
             table[function] = _bind(_multiply, operation)
@@ -324,9 +325,9 @@ def _attnlrp() -> dict[Any, Handler]:
 
 
 def _gradient() -> dict[Any, Handler]:
-    """Softmax, products and attention as autograd derives them."""
+    """Softmax and products as autograd derives them."""
     table = _shared()
-    others = (torch.einsum, torch.baddbmm, TF.scaled_dot_product_attention)
+    others = (torch.einsum, torch.baddbmm)
     for function in (
         *_SOFTMAX,
         *_MATMUL,

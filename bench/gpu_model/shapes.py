@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 @dataclass(frozen=True)
 class Case:
     """``group``: "product"; "small batch": linear feedback up to 128 rows, whose traffic is W;
-    "memory": bound by memory."""
+    "memory": bound by memory; "attention"."""
 
     network: str
     op: str
@@ -223,6 +223,25 @@ def spiking_cases(batch: int, dtype: str) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def attention_cases(tokens: int, heads: int, width: int, dtype: str) -> Iterator[Case]:
+    """One sequence, causal, as a decoder has it; its heads lie as a projection leaves them."""
+    kind = DTYPES[dtype]
+    q, k, v, out, r = (
+        meta((1, tokens, heads, width), kind, last=False).transpose(1, 2) for _ in range(5)
+    )
+    lse = meta((1, heads, tokens), torch.float32)
+    shape = f"{tokens} tokens, {heads} x {width}"
+
+    def forward():
+        return F.attention(q, k, v, causal=True)
+
+    def redistribute():
+        return F.attention_redistribute(q, k, v, out, r, lse=lse, causal=True)
+
+    yield Case("transformer", "attention forward", shape, dtype, "attention", forward)
+    yield Case("transformer", "attention redistribute", shape, dtype, "attention", redistribute)
+
+
 def cases(quick: bool = False) -> list[Case]:
     """The cases of the table; ``quick``: one of each kind."""
     batch = 128
@@ -238,4 +257,5 @@ def cases(quick: bool = False) -> list[Case]:
             found += pool_cases(network, pools[:few], window, batch, dtype)
         found += other_cases(batch, dtype)
         found += spiking_cases(batch, dtype)
+        found += attention_cases(2048, 8, 64, dtype)
     return found

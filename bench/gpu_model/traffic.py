@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lfp_kernels import backends
 from lfp_kernels.ops.spiking.codes import Reset
 
-from . import convolution, memory_bound, norms, pools, products, spiking
+from . import attention, convolution, memory_bound, norms, pools, products, spiking
 from .devices import A100, Gpu
 from .launch import Launch
 
@@ -32,6 +32,7 @@ MODELS: dict[str, Model] = {
         memory_bound.optimizer_update, memory_bound.global_norm, memory_bound.reward,
         memory_bound.reward_spike_rate, norms.batch_norm_forward, norms.batch_norm_redistribute,
         spiking.lif_forward, spiking.lif_feedback, spiking.spikes_unpack, spiking.add_noise,
+        attention.attention_forward, attention.attention_redistribute,
     )
 }  # fmt: skip
 # These also look at the results: their sizes and layouts.

@@ -13,13 +13,16 @@ constexpr int64_t kLargestTile = 1 << 18;
 constexpr int64_t kSmallestTile = 1 << 16;
 constexpr int64_t kTransposeBlock = 16;
 
-// out[rows,N] = transpose of s[N, begin : begin+rows]
+// out[rows,N] = transpose of s[N, begin : begin+rows]: whole cache lines are written, since a line
+// of every row of a tile does not stay in the nearest cache (rows lie a power of two apart).
 template <class P>
-void transpose_columns(const P* s, P* out, int64_t n, int64_t stride, int64_t begin, int64_t rows) {
-  for (int64_t o0 = 0; o0 < rows; o0 += kTransposeBlock) {
-    const int64_t o1 = std::min(rows, o0 + kTransposeBlock);
-    for (int64_t k = 0; k < n; ++k)
-      for (int64_t o = o0; o < o1; ++o) out[o * n + k] = s[k * stride + begin + o];
+LFP_CLONES void transpose_columns(const P* s, P* out, int64_t n, int64_t stride, int64_t begin,
+                                  int64_t rows) {
+  s += begin;
+  for (int64_t k0 = 0; k0 < n; k0 += kTransposeBlock) {
+    const int64_t k1 = std::min(n, k0 + kTransposeBlock);
+    for (int64_t o = 0; o < rows; ++o)
+      for (int64_t k = k0; k < k1; ++k) out[o * n + k] = s[k * stride + o];
   }
 }
 

@@ -2,13 +2,7 @@
 
 from .activation import step
 from .alignment import alignment_sums
-from .attention import (
-    NormFeedback,
-    attention,
-    attention_redistribute,
-    norm_redistribute,
-    softmax_redistribute,
-)
+from .attention import Attended, attention, attention_redistribute
 from .combine import dropout, dropout_redistribute, sum_redistribute
 from .composed import Redistributed
 from .conv import (
@@ -19,6 +13,8 @@ from .conv import (
     conv_redistribute_update,
 )
 from .direct import direct_update
+from .embedding import embedding_redistribute, embedding_redistribute_update
+from .layer_norm import NormFeedback, norm_redistribute
 from .linear import linear, linear_redistribute, linear_redistribute_update
 from .norm import batch_norm, batch_norm_redistribute
 from .pool import (
@@ -29,6 +25,7 @@ from .pool import (
     max_pool,
     max_pool_redistribute,
 )
+from .softmax import softmax_redistribute
 from .spike_layers import (
     has_spike_conv,
     has_spike_feedback,
@@ -54,6 +51,7 @@ from .spiking import (
 from .update import global_norm, optimizer_update
 
 __all__ = [
+    "Attended",
     "ConvGeometry",
     "LIFFeedback",
     "LIFResult",
@@ -77,6 +75,8 @@ __all__ = [
     "direct_update",
     "dropout",
     "dropout_redistribute",
+    "embedding_redistribute",
+    "embedding_redistribute_update",
     "global_norm",
     "has_spike_conv",
     "has_spike_feedback",

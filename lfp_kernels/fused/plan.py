@@ -190,13 +190,15 @@ class Plan:
         return free
 
     def _relu_in_place(self) -> None:
-        """A ReLU of its own may overwrite a value that it reads last, unless that is a view."""
+        """A ReLU of its own may overwrite a value that nothing else reads (a view of it may be
+        kept), unless that is a view."""
         made = {s.output: s for s in self.stages}
         for stage in self.stages:
             if isinstance(stage, M.Activation) and stage.is_relu:
                 slot = stage.inputs[0]
                 producer = made.get(slot)
-                stage.in_place = slot in self.free_forward[stage.index] and isinstance(
+                freed = slot in self.free_forward[stage.index] and len(self.consumers(slot)) == 1
+                stage.in_place = freed and isinstance(
                     producer, (S.Linear, S.Conv, S.BatchNorm, S.Sum)
                 )
 

@@ -48,6 +48,7 @@ class Stage:
     multiplies_by_input = False  # the reward it hands down is 0 where its input is 0
     passes_zero = False  # hands a 0 of its output's reward down as 0, and 0 in means 0 out
     routes = False  # moves values without changing them: signals pass as rewards do
+    views = False  # its output is a part of its input, in the same memory
     takes_spikes = False  # reads packed spikes; others get them unpacked
 
     def __init__(self) -> None:

@@ -60,8 +60,14 @@ class FusedStep:
 
     def _make_plan(self) -> Plan:
         self._parameters = list(self.model.parameters())
-        self._trainable = [p.requires_grad for p in self._parameters]
+        self._modules = list(self.model.modules())
+        self._settings = self._settings_now()
         return Plan(*trace(self.model, self.composite))
+
+    def _settings_now(self) -> list[bool]:
+        """What the traced plan depends on: parameters that train, modules in training mode."""
+        trainable = [p.requires_grad for p in self._parameters]
+        return trainable + [m.training for m in self._modules]
 
     def __repr__(self) -> str:
         rows = [f"  {s.label:<24} {s.describe()}" for s in self._plan.stages]
@@ -85,7 +91,7 @@ class FusedStep:
                 optimizer state are as before then.
         """
         self._check_input(x)
-        if self._trainable != [p.requires_grad for p in self._parameters]:
+        if self._settings != self._settings_now():
             self._plan = self._make_plan()
         plan = self._plan
         buckets = None if self._group is None else Buckets(self._group)

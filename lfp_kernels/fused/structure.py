@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 
 from .. import functional as F
 from ..rules import DERIVATIVES
@@ -73,9 +73,9 @@ class Activation(Stage):
 class Dropout(Stage):
     passes_zero = True
 
-    def __init__(self, module: nn.Module, conserving: bool) -> None:
+    def __init__(self, module: Any, conserving: bool) -> None:
         super().__init__()
-        self.module: Any = module
+        self.module = module  # or what else has p and training
         self.conserving = conserving
 
     def forward(self, run: Run) -> Tensor:
@@ -94,13 +94,32 @@ class Dropout(Stage):
         return (F.dropout_redistribute(reward, mask, self.module.p, conserving=self.conserving),)
 
 
+class Resolver:
+    """Fills values into the arguments of a traced call. ``slots`` of its nodes are those at its
+    place in forward: an in-place call further down gives the same nodes other slots."""
+
+    def __init__(self, node: fx.Node, slots: dict[fx.Node, int], constants: dict) -> None:
+        self.node = node
+        self.slots = {n: slots[n] for n in node.all_input_nodes if n in slots}
+        self.constants = {n: constants[n] for n in node.all_input_nodes if n in constants}
+
+    def __call__(self, values: Any) -> tuple[list[Any], dict[str, Any]]:
+        def value_of(n: fx.Node) -> Any:
+            return values[self.slots[n]] if n in self.slots else self.constants[n]
+
+        args = fx.map_arg(self.node.args, value_of)
+        return list(args), dict(fx.map_arg(self.node.kwargs, value_of))
+
+
 class Reshaper:
-    """A traced reshape with its arguments: sizes may come from other slots."""
+    """A traced call with its arguments: sizes may come from other slots."""
 
-    def __init__(self, target: Any, method: bool, resolve: Callable) -> None:
-        self.target, self.method, self.resolve = target, method, resolve
+    def __init__(self, resolve: Resolver) -> None:
+        self.resolve = resolve
+        self.target: Any = resolve.node.target
+        self.method = resolve.node.op == "call_method"
 
-    def __call__(self, values: list[Any]) -> Any:
+    def __call__(self, values: Any) -> Any:
         args, kwargs = self.resolve(values)
         if self.method:
             # A view of a channels-last value is a copy; the model wrote it for the plain layout.
@@ -112,6 +131,7 @@ class Reshaper:
 class Reshape(Stage):
     passes_zero = True
     routes = True
+    views = True
 
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -133,6 +153,7 @@ class Permute(Stage):
 
     passes_zero = True
     routes = True
+    views = True
 
     def __init__(self, order: tuple[int, ...], swap: tuple[int, ...]) -> None:
         super().__init__()
@@ -182,11 +203,11 @@ class Cat(Stage):
 
 
 class Host(Stage):
-    """A size or another number that forward computes; no reward reaches it."""
+    """A size, a mask, or whatever else forward computes that no reward reaches."""
 
-    def __init__(self, target: Any, method: bool, resolve: Callable) -> None:
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
         super().__init__()
-        self.compute = Reshaper(target, method, resolve)
+        self.compute = compute
 
     def forward(self, run: Run) -> Any:
         return self.compute(run.values)

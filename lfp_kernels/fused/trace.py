@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
-import re
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,31 +13,18 @@ from torch import Tensor, fx, nn
 from .. import calls
 from .. import nn as lfp_nn
 from ..composites import Composite, LayerRule
+from . import layer_calls, transformer_calls
 from . import neurons as N
+from . import routes as R
 from . import stages as S
 from . import structure as M
-from . import transformer_calls
 from .modules import ADAPTIVE, avg_settings, conv_form, dims_of, flattens_all, out_of_place
 from .spiking import Spiking
+from .tracer import DROP_IN, traced, user_frame
 
-DROP_IN = "; use the drop-in way for this model: with composite.context(model): ..."
-
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous")
-_HOST_METHODS = ("size", "dim", "numel")
-_HOST_FUNCTIONS = (
-    getattr, operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub,
-)  # fmt: skip
+_SIZES = ("size", "dim", "numel", "shape", "device", "dtype", "ndim")  # methods and attributes
 _ADDS = (operator.add, operator.iadd, torch.add)
-
-
-class _Tracer(fx.Tracer):
-    record_stack_traces = True
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if isinstance(module, (lfp_nn.Step, lfp_nn.Sum, lfp_nn.LIF, lfp_nn.Spiking)):
-            return True
-        return super().is_leaf_module(module, qualified_name)
 
 
 def trace(
@@ -59,32 +42,12 @@ def trace(
         stage = Spiking(model, composite, "")
         stage.inputs, stage.reads, stage.output, stage.label = [0], [0], 1, "model"
         return [stage], 0, 1
+    before = set(vars(model))
     try:
-        graph = _Tracer().trace(model)
-    except Exception as error:
-        raise ValueError(
-            f"fuse: model: cannot be traced at {_user_line(error)}: {error}{DROP_IN}"
-        ) from error
-    return _Builder(model, composite, time).build(graph)
-
-
-def _user_line(error: BaseException) -> str:
-    """The innermost line of the user's own code in a traceback."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(_NOT_THE_USERS):
-            return f"{frame.filename}:{frame.lineno} ({frame.line})"
-    return "an unknown line"
-
-
-def _user_frame(stack: str) -> str | None:
-    """The innermost line of the user's own code in a node's recorded stack."""
-    lines = stack.strip().splitlines()
-    for index in range(len(lines) - 1, -1, -1):
-        found = re.match(r'\s*File "(.+)", line (\d+)', lines[index])
-        if found and not found[1].startswith(_NOT_THE_USERS):
-            code = lines[index + 1].strip() if index + 1 < len(lines) else ""
-            return f"{found[1]}:{found[2]} ({code})"
-    return None
+        return _Builder(model, composite, time).build(traced(model, composite))
+    finally:  # torch.fx leaves the constants of forward at the model
+        for name in set(vars(model)) - before:
+            delattr(model, name)
 
 
 class _Builder:
@@ -97,8 +60,12 @@ class _Builder:
         self.stages: list[S.Stage] = []
         self.slots: dict[fx.Node, int] = {}
         self.attributes: dict[fx.Node, Tensor] = {}
-        self.host: set[fx.Node] = set()
         self.taken_apart: set[fx.Node] = set()
+        self.tuples: dict[fx.Node, tuple[int, ...]] = {}  # modules that return several values
+        # Slots that a reward may reach: something trainable lies below. ``learned``: parameters
+        # and parts of them.
+        self.active_slots: set[int] = set() if time is None else {0}
+        self.learned_slots: set[int] = set()
         self.linear = composite.begins_linear(None)
         self.owners = {
             id(parameter): (name, module)
@@ -126,42 +93,132 @@ class _Builder:
                         f"fuse: model: expected one tensor as result, got {result}{DROP_IN}"
                     )
                 output = self.slots[result]
-            elif node.op == "call_module":
+            else:
+                self.call(node)
+        return self.stages, 0, output
+
+    def call(self, node: fx.Node) -> None:
+        if node.meta.get("no_grad") and self._trains(node):
+            raise self.refuse(node, "a call under torch.no_grad()")
+        try:
+            if node.op == "call_module":
                 self.module(node)
             else:
                 self.function(node)
-        return self.stages, 0, output
+        except (IndexError, KeyError, TypeError) as error:  # arguments no stage is made for
+            raise self.refuse(node, f"this form of {node.target}") from error
+
+    def _trains(self, node: fx.Node) -> bool:
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        within = module is not None and any(p.requires_grad for p in module.parameters())
+        return within or any(self.active(n) for n in node.all_input_nodes)
 
     # -- one node -> one stage ---------------------------------------------------------------
 
     def add(self, node: fx.Node, stage: S.Stage, *inputs: fx.Node) -> None:
-        stage.inputs = [self.slots[i] for i in inputs]
-        stage.reads = [self.slots[i] for i in node.all_input_nodes if i in self.slots]
+        self.emit_for(node, stage, [self.slot(i) for i in inputs])
+
+    def emit_for(self, node: fx.Node, stage: S.Stage, inputs: list[int]) -> None:
+        """Appends the stage whose output is ``node``."""
+        reads = [self.slots[i] for i in node.all_input_nodes if i in self.slots]
+        label = str(node.target) if node.op == "call_module" else node.name
+        self.slots[node] = self.emit(stage, inputs, label, reads)
+
+    def emit(self, stage: S.Stage, inputs: list[int], label: str, reads: Any = ()) -> int:
+        """Appends a stage; its output slot. ``inputs`` take rewards; ``reads``: others."""
+        stage.inputs, stage.label = inputs, label
+        stage.reads = list(dict.fromkeys([*inputs, *reads]))
         stage.output = 1 + max([0, *(s.output for s in self.stages)])
-        stage.label = str(node.target) if node.op == "call_module" else node.name
-        self.slots[node] = stage.output
+        active = any(p.requires_grad for p in stage.parameters)
+        if active or not self.active_slots.isdisjoint(inputs):
+            self.active_slots.add(stage.output)
+        learned = isinstance(stage, R.Parameter)
+        if learned or (stage.views and self.learned_slots.issuperset(inputs)):
+            self.learned_slots.add(stage.output)
         self.stages.append(stage)
+        return stage.output
+
+    # -- what a node of the trace is -----------------------------------------------------------
+
+    def slot(self, node: fx.Node) -> int:
+        """The slot of a value; parameters and buffers get one when they are first read as such."""
+        if node not in self.slots and node in self.attributes:
+            value = self.attributes[node]
+            is_learned = isinstance(value, nn.Parameter)
+            stage = R.Parameter(value) if is_learned else M.Host(self.getter(node))
+            self.slots[node] = self.emit(stage, [], node.name)
+        return self.slots[node]
+
+    def active(self, value: Any) -> bool:
+        """Whether rewards are wanted at a value: what requires_grad says in the drop-in way."""
+        if not isinstance(value, fx.Node):
+            return False
+        if value in self.attributes:
+            return bool(getattr(self.attributes[value], "requires_grad", False))
+        if value in self.tuples:
+            return any(slot in self.active_slots for slot in self.tuples[value])
+        return self.slots[value] in self.active_slots
+
+    def learned(self, value: Any) -> bool:
+        """A trainable parameter or a part of one."""
+        if not self.active(value):
+            return False
+        return isinstance(self.attributes.get(value), nn.Parameter) or (
+            self.slots.get(value) in self.learned_slots
+        )
+
+    def getter(self, value: Any) -> Callable[[Any], Any]:
+        """values -> that of a node, or the constant itself."""
+        if not isinstance(value, fx.Node):
+            return lambda values: value
+        if value in self.attributes:
+            held = self.attributes[value]
+            return lambda values: held
+        return operator.itemgetter(self.slots[value])
+
+    def resolver(self, node: fx.Node) -> M.Resolver:
+        return M.Resolver(node, self.slots, self.attributes)
+
+    def reshaper(self, node: fx.Node) -> M.Reshaper:
+        return M.Reshaper(self.resolver(node))
+
+    def maker(self, node: fx.Node) -> S.Stage | None:
+        return next((s for s in self.stages if s.output == self.slots.get(node)), None)
 
     def alias(self, node: fx.Node, source: fx.Node) -> None:
         self.slots[node] = self.slots[source]
 
     def overwrite(self, node: fx.Node, target: fx.Node) -> None:
-        """After an in-place call, later readers of ``target`` see the result."""
-        slot = self.slots[target]
+        """After an in-place call, later readers of ``target`` see the result. Views of the same
+        memory would see it too, and have no stage for that."""
+        slot, memory = self.slots[target], self._memory(self.slots[target])
         for other, held in self.slots.items():
-            if held == slot and other is not node:
+            if other is node:
+                continue
+            if held == slot:
                 self.slots[other] = self.slots[node]
+            elif self._memory(held) == memory and any(node < user for user in other.users):
+                raise self.refuse(node, f"an in-place call on what {other.name} shares")
+
+    def _memory(self, slot: int) -> int:
+        """The slot whose memory a slot is a view of."""
+        made = {stage.output: stage for stage in self.stages}
+        while slot in made and made[slot].views:
+            slot = made[slot].inputs[0]
+        return slot
 
     def refuse(self, node: fx.Node, what: str) -> ValueError:
-        where = _user_frame(node.stack_trace or "") or f"node {node.name}"
+        where = user_frame(node.stack_trace or "") or f"node {node.name}"
         return ValueError(f"fuse: {what} has no stage, at {where}{DROP_IN}")
 
     def module(self, node: fx.Node) -> None:
         module = self.modules[str(node.target)]
         name = (self.time or "") + str(node.target)
-        x: Any = node.args[0]
+        x: Any = node.args[0] if node.args else None
         rule = self.composite.rule_of(name, module)
         function_rule = self.composite.function_rule
+        if transformer_calls.module_stage(self, node, module):
+            return
         if not isinstance(x, fx.Node) or x not in self.slots:
             raise self.refuse(node, f"{name} ({type(module).__name__}) on {x}")
         if isinstance(module, nn.Linear):
@@ -202,10 +259,6 @@ class _Builder:
             stage = Spiking(module, self.composite, name)
         elif self.time is not None and flattens_all(module):
             stage = N.Flatten(module)
-        elif (found := transformer_calls.module_stage(self, node, module)) is not None:
-            self.add(node, found, x)
-            found.inputs = [] if isinstance(module, nn.Embedding) else found.inputs
-            return
         elif isinstance(module, (nn.Flatten, nn.Unflatten)):
             stage = M.Reshape(module)
         elif isinstance(module, nn.Identity):
@@ -233,71 +286,43 @@ class _Builder:
     def function(self, node: fx.Node) -> None:
         target: Any = node.target
         x: Any = node.args[0] if node.args else None
+        if self._size(node):
+            return self._compute(node)
         if transformer_calls.function_stage(self, node):
             return
-        if self._host(node):
-            return self.add(node, M.Host(target, node.op == "call_method", self._resolver(node)))
         if node.op == "call_method":
             name = str(target)
             if name in _RESHAPES:
-                return self.add(node, M.Reshape(self._reshaper(node)), x)
+                return self.add(node, M.Reshape(self.reshaper(node)), x)
             if name in ("permute", "transpose"):
                 return self._permute(node)
             if name in ("add", "add_"):
                 return self._sum(node, in_place=name == "add_")
             target = getattr(Tensor, name, None)
             if target not in calls.ACTIVATIONS:
-                raise self.refuse(node, f"Tensor.{name}")
+                return self._compute(node)
         if target in (torch.flatten, torch.reshape, torch.unsqueeze, torch.squeeze):
-            return self.add(node, M.Reshape(self._reshaper(node)), x)
+            return self.add(node, M.Reshape(self.reshaper(node)), x)
         if target in (torch.permute, torch.transpose):
             return self._permute(node)
         if target in _ADDS:
             return self._sum(node, in_place=target is operator.iadd)
         if target in (torch.cat, torch.concat):
             tensors: Any = node.args[0]
+            if isinstance(tensors, fx.Node):
+                raise self.refuse(node, "cat of a tuple that was computed")
             dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
             return self.add(node, M.Cat(int(dim)), *tensors)
         if target in calls.ACTIVATIONS:
             return self._activation(node, target)
-        if target is TF.pad:
-            return self._pad(node)
-        self._layer_function(node, target)
+        if not layer_calls.layer_call(self, node):
+            self._compute(node)
 
-    def _layer_function(self, node: fx.Node, target: Any) -> None:
-        """F.linear, F.conv2d, F.max_pool2d, ...: layers written as functions."""
-        args: list[Any] = [self._constant(a) for a in node.args]
-        kwargs: dict[str, Any] = {k: self._constant(v) for k, v in node.kwargs.items()}
-        x = args[0]
-        rule = self.composite.function_rule
-        if target is TF.linear:
-            weight, bias = _signature(lambda input, weight, bias=None: (weight, bias), args, kwargs)
-            return self.add(node, S.Linear(weight, bias, self._layer_of(weight), self.composite), x)
-        for form, functions in calls.CONVS.items():
-            if target in functions:
-                _, weight, bias, geometry = calls.conv_geometry(*form, *args, **kwargs)
-                stage = S.Conv(weight, bias, geometry, self._layer_of(weight), self.composite)
-                return self.add(node, stage, x)
-        for dims in (1, 2, 3):
-            if target in (getattr(TF, f"max_pool{dims}d"), getattr(torch, f"max_pool{dims}d")):
-                if kwargs.pop("return_indices", False):
-                    raise self.refuse(node, f"max_pool{dims}d with return_indices=True")
-                settings = calls.max_pool_settings(dims, *args[1:], **kwargs)
-                return self.add(node, M.MaxPool(settings), x)
-            if target is getattr(TF, f"avg_pool{dims}d"):
-                return self.add(
-                    node, S.AvgPool(calls.pool_settings(dims, *args[1:], **kwargs), rule), x
-                )
-            if target is getattr(TF, f"adaptive_avg_pool{dims}d"):
-                size = args[1] if len(args) > 1 else kwargs["output_size"]
-                return self.add(node, S.AdaptiveAvgPool(target, size, rule), x)
-        raise self.refuse(node, f"function {getattr(target, '__name__', target)}")
-
-    def _constant(self, value: Any) -> Any:
+    def constant(self, value: Any) -> Any:
         """A parameter or buffer that forward reads, in place of its node."""
         return self.attributes.get(value, value) if isinstance(value, fx.Node) else value
 
-    def _layer_of(self, weight: Tensor) -> LayerRule:
+    def layer_of(self, weight: Tensor) -> LayerRule:
         return self._layer(*self.owners.get(id(weight), ("", self.model)))
 
     def _layer(self, name: str, module: nn.Module) -> LayerRule:
@@ -323,19 +348,14 @@ class _Builder:
 
     def _sum(self, node: fx.Node, *, in_place: bool) -> None:
         a, b = node.args[:2]
+        if not any(self.active(v) for v in (a, b)):
+            return self._compute(node)
         tensors: Any = [v for v in (a, b) if isinstance(v, fx.Node) and v in self.slots]
         if len(tensors) != 2 or node.kwargs.get("alpha", 1) != 1:
             raise self.refuse(node, "a sum with a constant or a parameter")
         self.add(node, S.Sum(self.composite.function_rule), *tensors)
         if in_place:
             self.overwrite(node, tensors[0])
-
-    def _pad(self, node: fx.Node) -> None:
-        form = lambda input, pad, mode="constant", value=0: (input, pad, mode, value or 0)  # noqa: E731
-        x, amounts, *how = _signature(form, node.args, node.kwargs)
-        if how != ["constant", 0] or not all(isinstance(a, int) and a >= 0 for a in amounts):
-            raise self.refuse(node, f"F.pad({amounts}, {how})")
-        self.add(node, M.Pad(tuple(amounts)), x)
 
     def _permute(self, node: fx.Node) -> None:
         x: Any
@@ -347,40 +367,15 @@ class _Builder:
             order = dims[0] if isinstance(dims[0], (tuple, list)) else dims
             self.add(node, M.Permute(tuple(order), ()), x)
 
-    # -- sizes and other numbers that forward computes on the way ------------------------------
+    # -- what no reward reaches ----------------------------------------------------------------
 
-    def _host(self, node: fx.Node) -> bool:
-        first = node.args[0] if node.args else None
-        if node.op == "call_method":
-            is_host = node.target in _HOST_METHODS
-        elif node.target is getattr:
-            is_host = node.args[1] in ("shape", "device", "dtype")
-        else:
-            is_host = node.target in (*_HOST_FUNCTIONS, torch.arange) and any(
-                isinstance(a, fx.Node) and a in self.host for a in node.args
-            )
-        if is_host and isinstance(first, fx.Node):
-            self.host.add(node)
-        return is_host
+    def _size(self, node: fx.Node) -> bool:
+        name = node.args[1] if node.target is getattr else node.target
+        return name in _SIZES
 
-    def _resolver(self, node: fx.Node) -> Callable[[list[Any]], tuple[list[Any], dict[str, Any]]]:
-        """A function that fills the slots' values into the node's arguments."""
-        slots = self.slots
-
-        def resolve(values: list[Any]) -> tuple[list[Any], dict[str, Any]]:
-            def value_of(n: fx.Node) -> Any:
-                return values[slots[n]]
-
-            args = fx.map_arg(node.args, value_of)
-            return list(args), dict(fx.map_arg(node.kwargs, value_of))
-
-        return resolve
-
-    def _reshaper(self, node: fx.Node) -> M.Reshaper:
-        return M.Reshaper(node.target, node.op == "call_method", self._resolver(node))
-
-
-def _signature(form: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    bound = inspect.signature(form).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return form(*bound.args, **bound.kwargs)
+    def _compute(self, node: fx.Node) -> None:
+        """A call without a stage is run as it stands where no reward is lost by that."""
+        if not self._size(node) and any(self.active(n) for n in node.all_input_nodes):
+            kind = "Tensor." if node.op == "call_method" else "function "
+            raise self.refuse(node, kind + str(getattr(node.target, "__name__", node.target)))
+        self.emit_for(node, M.Host(self.reshaper(node)), [])

@@ -2,123 +2,139 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as TF
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import functional as F
 from ..composites import Transformer
-from ..rules import stabilize
 from .stages import Run, Stage
 
 
 class Embedding(Stage):
     """Rows of a table; nothing flows on to the tokens."""
 
-    def __init__(self, module: nn.Embedding, composite: Transformer) -> None:
+    def __init__(
+        self, tokens: Callable[[Any], Tensor], weight: Tensor, padding: int | None, sparse: bool,
+        composite: Transformer,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.module: Any = module
+        self.tokens = tokens
+        self.weight, self.padding, self.sparse = weight, padding, sparse
         self.eps = composite.eps
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [self.module.weight]
+        return [self.weight]
 
     def forward(self, run: Run) -> Tensor:
-        tokens = run.values[self.reads[0]]
+        tokens = self.tokens(run.values)
         run.aside[self.index] = tokens
-        return TF.embedding(tokens, self.module.weight)
+        return TF.embedding(tokens, self.weight)
 
     def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
-        weight, tokens = self.module.weight, run.aside[self.index]
-        if weight.requires_grad:
-            rows = weight[tokens]
-            feedback = rows.abs() * (reward / stabilize(rows, self.eps))
-            if self.module.padding_idx is not None:
-                hidden = tokens == self.module.padding_idx
-                feedback = feedback.masked_fill(hidden[..., None], 0.0)
-            total = torch.zeros_like(weight)
-            total.index_add_(0, tokens.reshape(-1), feedback.reshape(-1, weight.shape[1]))
-            run.updates.add(weight, total)
+        tokens, updates = run.aside[self.index], run.updates
+        options: dict[str, Any] = {"padding": self.padding, "eps": self.eps}
+        if self.sparse and updates.in_place(self.weight):  # rows in use alone are touched
+            update = updates.take(self.weight)
+            F.embedding_redistribute_update(self.weight.data, tokens, reward, update, **options)
+        elif self.weight.requires_grad:
+            found = F.embedding_redistribute(self.weight, tokens, reward, **options)
+            updates.add(self.weight, found)
         return ()
 
 
 class Norm(Stage):
-    """Layer norm or RMS norm over the last dimensions."""
+    """Layer norm, RMS norm (not ``centred``) or group norm. ``call``: values -> the norm's output.
 
-    def __init__(self, module: nn.Module, composite: Transformer) -> None:
+    ``axes``: how many dimensions a layer or RMS norm covers.
+    """
+
+    def __init__(
+        self, kind: str, call: Callable[[Any], Tensor], weight: Any, bias: Any,
+        composite: Transformer, *, eps: float | None, axes: int = 1, groups: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.module: Any = module
-        self.centred = isinstance(module, nn.LayerNorm)
-        self.composite = composite
+        self.kind, self.call, self.weight, self.bias = kind, call, weight, bias
+        self.composite, self.eps, self.axes, self.groups = composite, eps, axes, groups
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [p for p in (self.module.weight, self._bias) if p is not None]
-
-    @property
-    def _bias(self) -> Any:
-        return getattr(self.module, "bias", None)
+        return [p for p in (self.weight, self.bias) if p is not None]
 
     def keeps(self) -> set[int]:
         return {*self.inputs}
 
     def forward(self, run: Run) -> Tensor:
-        return self.module(run.values[self.inputs[0]])
+        return self.call(run.values)
 
     def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
-        m, x = self.module, run.values[self.inputs[0]]
-        eps = m.eps if m.eps is not None else torch.finfo(x.dtype).eps
+        x = run.values[self.inputs[0]]
+        shape = x.shape
+        if not self.parameters and self.axes > 1:  # no weight says what the norm covers
+            x, reward = x.flatten(-self.axes), reward.flatten(-self.axes)
         found = F.norm_redistribute(
-            x, m.weight, self._bias, reward, centred=self.centred, eps=eps,
+            x, self.weight, self.bias, reward, groups=self.groups, centred=self.kind != "rms_norm",
+            eps=torch.finfo(x.dtype).eps if self.eps is None else self.eps,
             stabilizer=self.composite.eps, identity=self.composite.norms == "attnlrp",
         )  # fmt: skip
-        for parameter, feedback in ((m.weight, found.weight), (self._bias, found.bias)):
+        for parameter, feedback in ((self.weight, found.weight), (self.bias, found.bias)):
             if parameter is not None and parameter.requires_grad:
                 run.updates.add(parameter, feedback)
-        return (found.input,)
+        return (found.input.view(shape),)
 
     def describe(self) -> str:
-        return f"{type(self.module).__name__}, {self.composite.norms}"
+        return f"{self.kind}, {self.composite.norms}"
 
 
 class Attention(Stage):
-    """scaled_dot_product_attention, causal or not, without a mask."""
+    """scaled_dot_product_attention; its probabilities are made again on the way back.
 
-    def __init__(self, causal: bool, scale: float | None, composite: Transformer) -> None:
+    ``mask``: values -> the mask or None.
+    """
+
+    def __init__(
+        self, composite: Transformer, mask: Callable[[Any], Any], options: dict[str, Any]
+    ) -> None:
         super().__init__()
-        self.options: dict[str, Any] = {"is_causal": causal, "scale": scale}
-        self.composite = composite
+        self.composite, self.mask, self.options = composite, mask, options
 
     def keeps(self) -> set[int]:
-        return {*self.inputs, self.output} if self.composite.mode == "attnlrp" else set()
+        return {*self.inputs, self.output}
+
+    def heads(self, x: Tensor) -> Tensor:
+        """A value as [..., heads, length, width]."""
+        return x
+
+    def merged(self, x: Tensor, like: Tensor) -> Tensor:
+        """What ``heads`` made, in the shape that ``like``, its argument, has."""
+        return x
 
     def forward(self, run: Run) -> Tensor:
-        q, k, v = (run.values[slot] for slot in self.inputs)
-        if self.composite.mode == "attnlrp":
-            return TF.scaled_dot_product_attention(q, k, v, **self.options)
-        with torch.enable_grad():  # of this one function: its own derivative acts on the reward
-            inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-            out = TF.scaled_dot_product_attention(*inputs, **self.options)
-        run.aside[self.index] = (out, inputs)
-        return out.detach()
+        values = [run.values[slot] for slot in self.inputs]
+        mask, options = self.mask(run.values), dict(self.options)
+        seed = int(torch.randint(2**31, ())) if options["dropout"] else 0
+        q, k, v = map(self.heads, values)
+        out, lse = F.attention(q, k, v, mask, seed=seed, **options)
+        run.aside[self.index] = (lse, mask, {"seed": seed, **options})
+        return self.merged(out, values[0])
 
     def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
-        if self.composite.mode == "attnlrp":
-            q, k, v = (run.values[slot] for slot in self.inputs)
-            return F.attention_redistribute(
-                q, k, v, run.values[self.output], reward, causal=self.options["is_causal"],
-                scale=self.options["scale"], eps=self.composite.eps,
-            )  # fmt: skip
-        out, inputs = run.aside[self.index]
+        lse, mask, options = run.aside[self.index]
         run.aside[self.index] = None
-        with torch.enable_grad():
-            return torch.autograd.grad(out, inputs, reward)
+        values = [run.values[slot] for slot in self.inputs]
+        q, k, v, out, reward = map(self.heads, (*values, run.values[self.output], reward))
+        found = F.attention_redistribute(
+            q, k, v, out, reward, mask, lse=lse,
+            mode=self.composite.mode, eps=self.composite.eps, **options,
+        )  # fmt: skip
+        return tuple(self.merged(r, x) for r, x in zip(found, values))
 
     def describe(self) -> str:
-        return f"Attention, {self.composite.mode}"
+        return f"{type(self).__name__}, {self.composite.mode}"
 
 
 class Part:
@@ -136,6 +152,8 @@ class Part:
 
 class TakeApart(Stage):
     """``unbind``, ``chunk`` or ``split``: a tuple of views."""
+
+    views = True
 
     def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
         super().__init__()
@@ -163,12 +181,16 @@ class TakeApart(Stage):
 class Item(Stage):
     """One part of a tensor that was taken apart."""
 
+    views = True
+
     def __init__(self, index: int) -> None:
         super().__init__()
         self.item = index
 
     def forward(self, run: Run) -> Tensor:
-        return run.values[self.inputs[0]][self.item]
+        parts = run.values[self.inputs[0]]
+        run.aside[self.index] = self.item % len(parts)
+        return parts[self.item]
 
     def redistribute(self, run: Run, reward: Tensor) -> Any:
-        return (Part({self.item: reward}),)
+        return (Part({run.aside[self.index]: reward}),)

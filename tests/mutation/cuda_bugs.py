@@ -9,6 +9,7 @@ from . import (
     cuda_bugs_memory,
     cuda_bugs_pool,
     cuda_bugs_rules,
+    norms_bugs,
 )
 
 GROUPS: tuple[Group, ...] = (
@@ -17,4 +18,5 @@ GROUPS: tuple[Group, ...] = (
     *cuda_bugs_pool.GROUPS,
     *cuda_bugs_conv.GROUPS,
     *cuda_bugs_rules.GROUPS,
+    *norms_bugs.CUDA_GROUPS,
 )

@@ -1,22 +1,30 @@
-"""Layer and RMS norm by the epsilon rule, or handing the reward on: rows over their last dimension.
-
-Group norm has rows with weights of their own; it runs on the reference.
-"""
+"""Layer, RMS and group norm by the epsilon rule, or handing the reward of the division on."""
 
 from __future__ import annotations
 
-import torch
+from types import ModuleType
+
 from torch import Tensor
 
 from ..._library import define
-from ...backends import FLOATS, Implementation, register
+from ...backends import register
+from ...rules import accumulate_dtype
 from . import native, reference
 
 
 def _redistribute(x: Tensor, weight, bias, reward, centred, eps, stabilizer, identity):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sums = [x.new_empty((x.shape[1],), dtype=dtype) for _ in range(2)]
+    sums = [x.new_empty((x.shape[1],), dtype=accumulate_dtype(x.dtype)) for _ in range(2)]
     return x.new_empty(x.shape), *sums
+
+
+def _group(x: Tensor, weight, bias, reward, groups, eps, stabilizer, identity):
+    return _redistribute(x, weight, bias, reward, True, eps, stabilizer, identity)
+
+
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
 
 
 define(
@@ -24,9 +32,10 @@ define(
     "float eps, float stabilizer, bool identity) -> (Tensor, Tensor, Tensor)",
     _redistribute,
 )
-register(
-    "layer_norm",
-    native=Implementation(native, frozenset({"cpu"}), FLOATS, needs="native"),
-    reference=reference,
+define(
+    "group_norm_redistribute(Tensor x, Tensor? weight, Tensor? bias, Tensor reward, int groups, "
+    "float eps, float stabilizer, bool identity) -> (Tensor, Tensor, Tensor)",
+    _group,
 )
-register("group_norm", reference=reference)
+register("layer_norm", native=native, triton=_triton, reference=reference)
+register("group_norm", native=native, triton=_triton, reference=reference)

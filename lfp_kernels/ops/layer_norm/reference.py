@@ -59,3 +59,24 @@ def redistribute(
         x, weight, bias, reward, centred, eps, stabilizer, identity
     )
     return found, to_weight.sum(0), to_bias.sum(0)
+
+
+def group_redistribute(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, reward: Tensor, groups: int,
+    eps: float, stabilizer: float, identity: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(input reward [N, C, M], sums [C] for weight and bias) of x [N, C, M], C in ``groups``."""
+    batch, channels, inner = x.shape
+    if x.numel() == 0:
+        sums = x.new_zeros(channels, dtype=accumulate_dtype(x.dtype))
+        return torch.empty_like(x), sums, sums.clone()
+    rows = x.reshape(batch * groups, -1)
+    each = [  # of every element of a row
+        None if p is None else p.repeat_interleave(inner).view(groups, -1).repeat(batch, 1)
+        for p in (weight, bias)
+    ]
+    found, *to = rows_redistribute(
+        rows, *each, reward.reshape(rows.shape), True, eps, stabilizer, identity
+    )
+    to_weight, to_bias = (t.view(x.shape).sum((0, 2)) for t in to)
+    return found.view(x.shape), to_weight, to_bias

@@ -1,0 +1,149 @@
+"""nn.MultiheadAttention as stages: projections, attention over heads, the output's projection."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .. import functional as F
+from ..composites import Composite, LayerRule, Transformer
+from ..rules import Rule
+from . import stages as S
+from . import transformer as T
+
+_FORM = inspect.signature(nn.MultiheadAttention.forward)
+
+
+class RowsOfLinear(S.Linear):
+    """A linear layer whose weight and bias are some rows of larger ones (or the whole: None)."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, rows: tuple[slice | None, slice | None],
+        layer: LayerRule, composite: Composite,
+    ) -> None:  # fmt: skip
+        super().__init__(weight, bias, layer, composite)
+        self.rows = rows
+
+    def _parts(self) -> list[Any]:
+        both = ((self.weight, self.rows[0]), (self.bias, self.rows[1]))
+        return [t if t is None or rows is None else t[rows] for t, rows in both]
+
+    def forward(self, run: S.Run) -> Tensor:
+        return F.linear(run.values[self.inputs[0]], *self._parts(), relu=self.relu)
+
+    def redistribute(self, run: S.Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        x = run.values[self.inputs[0]]
+        z = run.values[self.output] if self.reads_output else reward
+        wants_bias = self.bias is not None and self.bias.requires_grad
+        need = (self.wants_input, self.weight.requires_grad, wants_bias)
+        rule: Rule = self.composite.rule_now(self.rule)
+        weight, bias = self._parts()
+        found = F.linear_redistribute(x, weight, bias, z, reward, rule, need=need, **self.options())
+        whole = ((self.weight, found.weight, self.rows[0]), (self.bias, found.bias, self.rows[1]))
+        for parameter, feedback, rows in whole:
+            if feedback is not None and parameter is not None and rows is not None:
+                full = feedback.new_zeros(parameter.shape)
+                full[rows] = feedback
+                feedback = full
+            run.updates.add(parameter, feedback)
+        return (found.input,)
+
+
+class HeadsAttention(T.Attention):
+    """Attention between the projections of nn.MultiheadAttention, whose heads are parts of rows."""
+
+    def __init__(
+        self, module: nn.MultiheadAttention, composite: Transformer, mask: Any, causal: bool
+    ) -> None:
+        super().__init__(composite, mask, {"causal": causal, "dropout": 0.0})
+        self.module = module
+
+    def forward(self, run: S.Run) -> Tensor:
+        self.options["dropout"] = self.module.dropout if self.module.training else 0.0
+        return super().forward(run)
+
+    def heads(self, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (self.module.num_heads, -1))
+        if x.dim() == 3:  # one sequence
+            return x.transpose(0, 1)[None]
+        return x.transpose(1, 2) if self.module.batch_first else x.permute(1, 2, 0, 3)
+
+    def merged(self, x: Tensor, like: Tensor) -> Tensor:
+        if like.dim() == 2:
+            return x[0].transpose(0, 1).flatten(-2)
+        return (x.transpose(1, 2) if self.module.batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
+
+
+def multi_head(builder: Any, node: fx.Node, module: nn.MultiheadAttention) -> None:
+    """Adds the stages of one call."""
+    bound = _FORM.bind(module, *node.args, **node.kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    name = f"{node.target} (MultiheadAttention"
+    if module.bias_k is not None or module.add_zero_attn:
+        raise builder.refuse(node, f"{name} with appended keys)")
+    if given["need_weights"] is not False:
+        raise builder.refuse(node, f"{name} with need_weights=True)")
+    if given["key_padding_mask"] is not None:
+        raise builder.refuse(node, f"{name} with key_padding_mask)")
+    if builder.active(given["attn_mask"]):
+        raise builder.refuse(node, f"{name} with a learned mask)")
+    operands = [given[k] for k in ("query", "key", "value")]
+    q, k, v = _projections(builder, node, module, operands)
+    masked = given["attn_mask"] is not None
+    read = builder.getter(given["attn_mask"])
+
+    def mask(values: Any) -> Any:
+        found = read(values)
+        return None if found is None else _shown(found, module.num_heads)
+
+    stage = HeadsAttention(module, builder.composite, mask, bool(given["is_causal"]) and not masked)
+    reads = [builder.slot(given["attn_mask"])] if masked else []
+    y = builder.emit(stage, [q, k, v], f"{node.target}.heads", reads)
+    out = module.out_proj
+    layer = builder.layer_of(out.weight)
+    last = builder.layers.Linear(out.weight, out.bias, layer, builder.composite)
+    builder.tuples[node] = (builder.emit(last, [y], f"{node.target}.out_proj"),)
+
+
+def _shown(mask: Tensor, heads: int) -> Tensor:
+    """A mask of the module, as scaled_dot_product_attention takes it."""
+    mask = mask if mask.is_floating_point() else ~mask
+    return mask if mask.dim() == 2 else mask.view(-1, heads, *mask.shape[1:])
+
+
+def _projections(
+    builder: Any, node: fx.Node, module: nn.MultiheadAttention, operands: list[fx.Node]
+) -> list[int]:
+    """Slots of the projected query, key and value; one product for neighbours of one origin."""
+    composite, width, bias = builder.composite, module.embed_dim, module.in_proj_bias
+    packed: Any = module.in_proj_weight
+    slots: list[int] = []
+    while len(slots) < 3:
+        first = len(slots)
+        count = 1
+        if packed is not None:
+            while first + count < 3 and operands[first + count] is operands[first]:
+                count += 1
+        x = builder.slot(operands[first])
+        rows = None if count == 3 else slice(first * width, (first + count) * width)
+        if packed is None:
+            separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+            weight, of_weight = separate[first], None
+        else:
+            weight, of_weight = packed, rows
+        layer = builder.layer_of(packed if packed is not None else module.q_proj_weight)
+        stage: S.Stage
+        if rows is None:
+            stage = S.Linear(weight, bias, layer, composite)
+        else:
+            stage = RowsOfLinear(weight, bias, (of_weight, rows), layer, composite)
+        z = builder.emit(stage, [x], f"{node.target}.in_proj")
+        if count == 1:
+            slots.append(z)
+            continue
+        parts = builder.emit(T.TakeApart("chunk", (count, -1)), [z], f"{node.target}.chunk")
+        slots += [builder.emit(T.Item(i), [parts], f"{node.target}.{i}") for i in range(count)]
+    return slots

@@ -1,0 +1,182 @@
+"""Traced sums, products, softmax and reductions of activations as stages."""
+
+from __future__ import annotations
+
+import operator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, fx
+
+from . import products as P
+from . import routes as R
+from . import stages as S
+from . import structure as M
+
+_OPERATORS = {
+    operator.add: "add", operator.mul: "mul", operator.truediv: "div", operator.sub: "sub",
+    operator.neg: "neg", operator.matmul: "matmul", operator.getitem: "getitem",
+}  # fmt: skip
+
+
+def name_of(node: fx.Node) -> str:
+    """The torch name of a call, however it is spelled; "" of what torch does not offer."""
+    target: Any = node.target
+    if node.op == "call_method":
+        return str(target) if hasattr(Tensor, str(target)) else ""
+    if target in _OPERATORS:
+        return _OPERATORS[target]
+    name = str(getattr(target, "__name__", ""))
+    return name if target in (getattr(torch, name, None), getattr(TF, name, None)) else ""
+
+
+def _both(builder: Any, node: fx.Node, a: Any, b: Any) -> tuple[bool, bool]:
+    for value in (a, b):
+        if not isinstance(value, (fx.Node, int, float)):
+            raise builder.refuse(node, f"{name_of(node)} with {value!r}")
+    return builder.active(a), builder.active(b)
+
+
+def operand(builder: Any, value: fx.Node, *, signed: bool = True) -> int:
+    """Slot of an operand; of a parameter, behind the stage that signs its feedback."""
+    slot: int = builder.slot(value)
+    if not signed or not builder.learned(value):
+        return slot
+    return builder.emit(R.Signed(), [slot], f"{value.name}.signed")
+
+
+# -- sums ----------------------------------------------------------------------------------------
+
+
+def add(builder: Any, node: fx.Node, given: Any) -> None:
+    if given.alpha != 1:
+        raise builder.refuse(node, "a sum with alpha")
+    copied = builder.composite.residual == "gradient"
+    _sum(builder, node, given.input, given.other, copied=copied, signed=not copied)
+
+
+def _sum(
+    builder: Any, node: fx.Node, a: Any, b: Any, *, copied: bool, signed: bool, minus: bool = False
+) -> None:
+    """``a + b`` or, of ``minus``, ``a - b``. A parameter is signed where shares are made."""
+    live = _both(builder, node, a, b)
+    slots = [operand(builder, a, signed=signed)] if live[0] else []
+    if live[1] and minus:
+        # Negated, a parameter is an activation like others (capture_attention._subtract).
+        scaled = P.Scaled("neg", builder.composite, lambda values: None)
+        slots.append(builder.emit(scaled, [builder.slot(b)], f"{node.name}.minus"))
+    elif live[1]:
+        slots.append(operand(builder, b, signed=signed))
+    rule = builder.composite.function_rule
+    if all(live):
+        stage: S.Stage = P.CopiedSum() if copied else S.Sum(rule)
+        return builder.emit_for(node, stage, slots)
+    other = builder.getter(b if live[0] else a)
+    if minus and live[0]:
+        read = other
+        other = lambda values: -read(values)  # noqa: E731
+    stage = P.CopiedSum(other) if copied else P.SumWithConstant(rule, other)
+    builder.emit_for(node, stage, slots)
+
+
+def add_in_place(builder: Any, node: fx.Node, a: Any, b: Any) -> None:
+    """``a += b``: shares, whatever ``residual`` says, and of parameters whole ones alone are signed
+    (capture._add)."""
+    live = _both(builder, node, a, b)
+    if a in builder.attributes or builder.learned(a) or node.kwargs.get("alpha"):
+        raise builder.refuse(node, "this form of a sum in place")
+    rule = builder.composite.function_rule
+    slots = [builder.slot(a)] if live[0] else []
+    if live[1]:
+        slots.append(operand(builder, b, signed=b in builder.attributes))
+    if all(live):
+        stage: S.Stage = S.Sum(rule)
+    else:
+        stage = P.SumWithConstant(rule, builder.getter(b if live[0] else a))
+    builder.emit_for(node, stage, slots)
+    builder.overwrite(node, a)
+
+
+def subtract(builder: Any, node: fx.Node, given: Any) -> None:
+    if given.alpha != 1 or not isinstance(given.input, fx.Node):
+        raise builder.refuse(node, "this form of a difference")
+    plain = builder.composite.mode == "plain"
+    _sum(builder, node, given.input, given.other, copied=plain, signed=not plain, minus=True)
+
+
+# -- products ------------------------------------------------------------------------------------
+
+
+def multiply(builder: Any, node: fx.Node, given: Any) -> None:
+    a, b = given.input, given.other
+    composite = builder.composite
+    live = _both(builder, node, a, b)
+    if not all(live):
+        x, other = (a, b) if live[0] else (b, a)
+        stage = P.Scaled("mul", composite, builder.getter(other))
+        return builder.emit_for(node, stage, [builder.slot(x)])
+    if composite.mode == "plain":
+        slots = [builder.slot(a), builder.slot(b)]
+        return builder.emit_for(node, P.Product(composite, (1.0, 1.0)), slots)
+    shares = (0.5, 0.5)
+    if builder.learned(a) or builder.learned(b):
+        shares = (1.0, 1.0)
+    elif composite.gate == "identity":
+        gated = [_gated(builder, v) for v in (a, b)]
+        if gated[0] != gated[1]:
+            shares = (0.0, 1.0) if gated[0] else (1.0, 0.0)
+    slots = [operand(builder, a), operand(builder, b)]
+    builder.emit_for(node, P.Product(composite, shares), slots)
+
+
+def _gated(builder: Any, value: fx.Node) -> bool:
+    """Whether an activation function made the value; dropout that does nothing stands aside."""
+    stage = builder.maker(value)
+    while isinstance(stage, M.Dropout) and not (stage.module.training and stage.module.p):
+        stage = next((s for s in builder.stages if s.output == stage.inputs[0]), None)
+    return isinstance(stage, (M.Activation, P.Scaled))
+
+
+def divide(builder: Any, node: fx.Node, given: Any) -> None:
+    live = _both(builder, node, given.input, given.other)
+    if given.rounding_mode is not None or live != (True, False):
+        raise builder.refuse(node, "a division by an activation")
+    stage = P.Scaled("div", builder.composite, builder.getter(given.other))
+    builder.emit_for(node, stage, [builder.slot(given.input)])
+
+
+def negate(builder: Any, node: fx.Node, given: Any) -> None:
+    builder.add(node, P.Scaled("neg", builder.composite, lambda values: None), given.input)
+
+
+def matmul(builder: Any, node: fx.Node, given: Any) -> None:
+    """``a @ b``, or einsum of two."""
+    *equation, a, b = vars(given).values()
+    if equation and not isinstance(equation[0], str):
+        raise builder.refuse(node, "this form of einsum")
+    composite = builder.composite
+    live = _both(builder, node, a, b)
+    learned = builder.learned(a) or builder.learned(b)
+    share = 0.5 if all(live) and not learned else 1.0
+    signed = composite.mode == "attnlrp"
+    slots = [operand(builder, v, signed=signed) for v in (a, b)]
+    kind = P.MatrixProduct if not equation else partial(P.Contraction, equation[0])
+    builder.emit_for(node, kind(composite, share, live), slots)
+
+
+def softmax(builder: Any, node: fx.Node, given: Any) -> None:
+    by_position = isinstance(getattr(given, "_stacklevel", 3), torch.dtype)  # torch.softmax's third
+    if not isinstance(given.dim, int) or isinstance(given.dtype, fx.Node) or by_position:
+        raise builder.refuse(node, "this form of softmax")
+    builder.add(node, P.Softmax(builder.composite, given.dim, given.dtype), given.input)
+
+
+def reduce(builder: Any, node: fx.Node, given: Any) -> None:
+    dims = given.dim
+    constant = dims is None or isinstance(dims, int) or all(isinstance(d, int) for d in dims)
+    if not constant or given.dtype is not None:
+        raise builder.refuse(node, f"this form of {name_of(node)}")
+    rule = builder.composite.function_rule
+    builder.add(node, P.Reduction(rule, name_of(node), dims, given.keepdim), given.input)

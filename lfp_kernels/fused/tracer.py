@@ -1,0 +1,236 @@
+"""The symbolic trace of a model's forward, with help where torch.fx alone cannot follow."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import operator
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .. import nn as lfp_nn
+from ..composites import Composite
+
+DROP_IN = "; use the drop-in way for this model: with composite.context(model): ..."
+
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_CREATE = ("ones", "zeros", "empty")  # sizes as separate arguments: they take no traced ones
+
+
+class _Value(fx.Proxy):
+    """Tells ``x += y`` from ``x = x + y``: other names of x see the sum too."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, other)
+
+    def _in_place(self, function: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+class Tracer(fx.Tracer):
+    record_stack_traces = True
+
+    def __init__(self, composite: Composite, *, buffers: bool) -> None:
+        super().__init__()
+        self.composite = composite
+        # Traced buffers may be cut by traced sizes; forward cannot branch on their values then.
+        self.proxy_buffer_attributes = buffers
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        if isinstance(module, (lfp_nn.Step, lfp_nn.Sum, lfp_nn.LIF, lfp_nn.Spiking)):
+            return True
+        if isinstance(module, nn.MultiheadAttention):
+            return True
+        return type(module) not in _FORWARDS and super().is_leaf_module(module, qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if type(m) in _FORWARDS:
+            forward = partial(_FORWARDS[type(m)], m)
+        elif any(True for _ in m.parameters(recurse=False)):  # a norm that is written out
+            forward = self.composite.as_one_call(m) or forward
+        return super().call_module(m, forward, args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["no_grad"] = not torch.is_grad_enabled()
+        return node
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """A step gives the model one tensor: all other arguments have their defaults."""
+        found, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        parameters = list(inspect.signature(root_fn).parameters.values())
+        for place, parameter in enumerate(parameters[: len(args)]):
+            if place > 1 and parameter.default is not parameter.empty:
+                args[place] = parameter.default
+        return found, args
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """A branch that only raises (``assert``, ``if ...: raise``) is not taken here, and every
+        step checks that it need not be; others stop the trace."""
+        fine = _no_raise()
+        if fine is None:
+            return super().to_bool(obj)
+        if not fine:
+            obj = self.create_proxy("call_function", operator.not_, (obj,), {})
+        says = "fuse: forward would raise at a check of the model's sizes"
+        self.create_proxy("call_function", torch._assert, (obj, says), {})
+        return fine
+
+
+def traced(model: nn.Module, composite: Composite) -> fx.Graph:
+    """The graph of ``model``.
+
+    Raises:
+        ValueError: torch.fx cannot follow; names the line.
+    """
+    try:
+        with _sizes_in_tuples(), torch.enable_grad():
+            try:
+                return Tracer(composite, buffers=True).trace(model)
+            except Exception:  # it may want a buffer's values
+                return Tracer(composite, buffers=False).trace(model)
+    except Exception as error:
+        raise ValueError(
+            f"fuse: model: cannot be traced at {_user_line(error)}: {error}{DROP_IN}"
+        ) from error
+
+
+@contextmanager
+def _sizes_in_tuples() -> Iterator[None]:
+    """``torch.ones(t, t)`` of traced sizes, as ``torch.ones((t, t))``, which torch.fx can trace."""
+    originals = {name: getattr(torch, name) for name in _CREATE}
+
+    def create(function: Any, *size: Any, **options: Any) -> Any:
+        if any(isinstance(s, fx.Proxy) for s in size) and not isinstance(size[0], (tuple, list)):
+            # A size by itself may be x.shape: it is looked at when the step runs.
+            return size[0].tracer.create_proxy("call_function", function, size, options)
+        return function(*size, **options)
+
+    try:
+        for name, function in originals.items():
+            setattr(torch, name, partial(create, function))
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(torch, name, function)
+
+
+def _no_raise() -> bool | None:
+    """The truth value with which the user's line that branches now does not raise, if the other
+    one leads straight to a raise; else None."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        frame = frame.f_back
+    if frame is None:
+        return None
+    code = [i for i in dis.get_instructions(frame.f_code) if i.opname not in _FILLERS]
+    at = next((n for n, i in enumerate(code) if i.offset >= frame.f_lasti), len(code))
+    jump = code[at].opname if at < len(code) else ""
+    if "JUMP" not in jump or "_IF_" not in jump:
+        return None
+    target = next((n for n, i in enumerate(code) if i.offset == code[at].argval), len(code))
+    goes_on, jumps = _raises(code[at + 1 :]), _raises(code[target:])
+    if goes_on == jumps:
+        return None
+    return ("TRUE" in jump) == goes_on
+
+
+_FILLERS = ("CACHE", "EXTENDED_ARG", "TO_BOOL", "NOT_TAKEN")
+
+
+def _raises(code: list[dis.Instruction]) -> bool:
+    """Whether a raise comes before any branch or return."""
+    ends = (i.opname for i in code if i.opname == "RAISE_VARARGS" or _leaves(i.opname))
+    return next(ends, "") == "RAISE_VARARGS"
+
+
+def _leaves(name: str) -> bool:
+    return "JUMP" in name or "RETURN" in name or name == "FOR_ITER"
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line of the user's own code in a traceback."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(_NOT_THE_USERS):
+            return f"{frame.filename}:{frame.lineno} ({frame.line})"
+    return "an unknown line"
+
+
+def user_frame(stack: str) -> str | None:
+    """The innermost line of the user's own code in a node's recorded stack."""
+    lines = stack.strip().splitlines()
+    for index in range(len(lines) - 1, -1, -1):
+        found = re.match(r'\s*File "(.+)", line (\d+)', lines[index])
+        if found and not found[1].startswith(_NOT_THE_USERS):
+            code = lines[index + 1].strip() if index + 1 < len(lines) else ""
+            return f"{found[1]}:{found[2]} ({code})"
+    return None
+
+
+# -- torch's own transformer modules: their forwards, without the tests for its fast path, which
+#    branch on values and sizes; layers inside them are called as there ---------------------------
+
+
+def _encoder_layer(
+    m: Any, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None,
+    is_causal: bool = False,
+) -> Any:  # fmt: skip
+    rest = (src_mask, src_key_padding_mask)
+    if m.norm_first:
+        x = src + m._sa_block(m.norm1(src), *rest, is_causal=is_causal)
+        return x + m._ff_block(m.norm2(x))
+    x = m.norm1(src + m._sa_block(src, *rest, is_causal=is_causal))
+    return m.norm2(x + m._ff_block(x))
+
+
+def _encoder(
+    m: Any, src: Any, mask: Any = None, src_key_padding_mask: Any = None, is_causal: Any = None
+) -> Any:
+    causal = bool(is_causal)  # a hint beside a mask
+    for layer in m.layers:
+        src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=causal)
+    return src if m.norm is None else m.norm(src)
+
+
+def _decoder(
+    m: Any, tgt: Any, memory: Any, tgt_mask: Any = None, memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None, memory_key_padding_mask: Any = None,
+    tgt_is_causal: Any = None, memory_is_causal: bool = False,
+) -> Any:  # fmt: skip
+    for layer in m.layers:
+        tgt = layer(
+            tgt, memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=bool(tgt_is_causal), memory_is_causal=memory_is_causal,
+        )  # fmt: skip
+    return tgt if m.norm is None else m.norm(tgt)
+
+
+_FORWARDS: dict[type, Callable[..., Any]] = {
+    nn.TransformerEncoderLayer: _encoder_layer,
+    nn.TransformerEncoder: _encoder,
+    nn.TransformerDecoder: _decoder,
+    nn.TransformerDecoderLayer: nn.TransformerDecoderLayer.forward,
+}
