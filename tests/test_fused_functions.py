@@ -141,9 +141,12 @@ def test_functions(options, name):
     same(Calls(FUNCTIONS[name]), rand(2, 4, 6), transformer(options), seed=11)
 
 
-@pytest.mark.parametrize("frozen", ["w", "row", "table", "a.weight", "b."])
-@pytest.mark.parametrize("name", ["layer scale", "parameters added", "part of a table", "gate",
-                                  "class token", "matrices", "eager attention"])  # fmt: skip
+@pytest.mark.parametrize("frozen", ["w", "row", "table", "a.", "b."])
+@pytest.mark.parametrize(
+    "name",
+    ["layer scale", "parameters added", "parts of parameters", "gate", "class token", "matrices",
+     "eager attention", "converted", "expanded", "sums in place", "difference"],
+)  # fmt: skip
 def test_frozen_parameters(name, frozen):
     model = Calls(FUNCTIONS[name])
     for parameter, p in model.named_parameters():

@@ -91,9 +91,6 @@ def test_backends_of_one_op_never_import_each_other() -> None:
                 assert not (names & (peers - {path.stem})), f"{path}: {ast.unparse(node)}"
 
 
-# docs/transformers.md says that these have a reference alone so far.
-
-
 def test_every_op_has_a_reference_and_a_native_implementation() -> None:
     import torch
 

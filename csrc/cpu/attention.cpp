@@ -11,14 +11,19 @@ namespace {
 template <class A>
 LFP_CLONES A softmax_step(A* z, int64_t count, int64_t wide, A& top, A& total) {
   constexpr A kLowest = -std::numeric_limits<A>::infinity();
+  constexpr int64_t kParts = 32;
+  const int64_t whole = count - count % kParts;
+  A tops[kParts];
+  for (A& t : tops) t = top;
+  for (int64_t j = 0; j < whole; j += kParts)
+    for (int64_t i = 0; i < kParts; ++i) tops[i] = z[j + i] > tops[i] ? z[j + i] : tops[i];
+  for (int64_t j = whole; j < count; ++j) tops[0] = z[j] > tops[0] ? z[j] : tops[0];
   A highest = top;
-  for (int64_t j = 0; j < count; ++j) highest = z[j] > highest ? z[j] : highest;
+  for (A t : tops) highest = t > highest ? t : highest;
   // NaN is no maximum, but it must not be lost.
   const A base = highest == kLowest ? A(0) : highest;
   const A factor = fast_exp(top - base);
-  constexpr int64_t kParts = 16;
   A sums[kParts] = {};
-  const int64_t whole = count - count % kParts;
   for (int64_t j = 0; j < whole; j += kParts)
     for (int64_t i = 0; i < kParts; ++i) sums[i] += z[j + i] = fast_exp(z[j + i] - base);
   for (int64_t j = whole; j < count; ++j) sums[j - whole] += z[j] = fast_exp(z[j] - base);

@@ -3,11 +3,10 @@
 //   Z = scale q k^T,  P = exp(Z + mask - lse),  K = keep / (1 - rate),  out = (P K) v
 #pragma once
 
-#include <bit>
-#include <cmath>
 #include <limits>
 
 #include "../philox.h"
+#include "exponential.h"
 #include "small_product.h"
 
 namespace lfp::cpu {
@@ -75,23 +74,6 @@ struct Attention {
   // Keys that any of the queries before `last` sees.
   int64_t seen(int64_t last) const { return causal ? std::min(keys, last) : keys; }
 };
-
-// exp(x) of x <= about 0, within 2 units in the last place; 0 below the normal numbers.
-LFP_HD float fast_exp(float x) {
-  const float n = std::floor(x * 1.44269504f + 0.5f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float series = 1.9875691500e-4f;
-  series = series * r + 1.3981999507e-3f;
-  series = series * r + 8.3334519073e-3f;
-  series = series * r + 4.1665795894e-2f;
-  series = series * r + 1.6666665459e-1f;
-  series = series * r + 5.0000001201e-1f;
-  const float value = series * r * r + r + 1.0f;
-  const float bounded = n < -126.0f ? -126.0f : (n > 127.0f ? 127.0f : n);
-  const float power = std::bit_cast<float>((static_cast<int32_t>(bounded) + 127) << 23);
-  return x < -87.0f ? 0.0f : value * power;
-}
-LFP_HD double fast_exp(double x) { return std::exp(x); }
 
 // to[rows][width padded] = from[rows][width], zeros beside.
 template <class T, class A>

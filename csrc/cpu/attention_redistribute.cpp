@@ -13,34 +13,52 @@ namespace {
 template <class A>
 LFP_CLONES void feedback_row(A* z, A* d, const A* masked, const A* keep, int64_t count,
                              int64_t wide, A lse, A along, A scale, bool attnlrp, A eps) {
-  for (int64_t j = 0; j < count; ++j) {
-    const A p = fast_exp(masked[j] - lse);
-    const A kept = keep ? keep[j] : A(1);
-    const A share = attnlrp ? A(0.5) * z[j] / stabilize(z[j], eps) : A(1);
-    d[j] = scale * share * p * (kept * d[j] - along);
-    z[j] = p * kept;
-  }
+  const auto walk = [&](auto kept_of, auto share_of) __attribute__((always_inline)) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) {
+      const A p = fast_exp(masked[j] - lse), kept = kept_of(j);
+      d[j] = share_of(z[j]) * p * (kept * d[j] - along);
+      z[j] = p * kept;
+    }
+  };
+  const auto all = [](int64_t) { return A(1); };
+  const auto some = [&](int64_t j) { return keep[j]; };
+  const auto plain = [&](A) { return scale; };
+  const auto half = [&](A logit) { return A(0.5) * scale * logit / stabilize(logit, eps); };
+  if (keep)
+    attnlrp ? walk(some, half) : walk(some, plain);
+  else
+    attnlrp ? walk(all, half) : walk(all, plain);
   for (int64_t j = count; j < wide; ++j) z[j] = d[j] = A(0);
 }
 
 // s[width padded] of one query from its reward and output; returns D.
 template <class T, class A>
 LFP_CLONES A signal_row(const T* reward, const T* out, int64_t width, bool attnlrp, A eps, A* s) {
-  for (int64_t i = 0; i < width; ++i) {
-    const A r = load(reward, i);
-    s[i] = attnlrp ? A(0.5) * r / stabilize(static_cast<A>(load(out, i)), eps) : r;
-  }
+  if (attnlrp)
+    for (int64_t i = 0; i < width; ++i)
+      s[i] = A(0.5) * load(reward, i) / stabilize(static_cast<A>(load(out, i)), eps);
+  else
+    for (int64_t i = 0; i < width; ++i) s[i] = load(reward, i);
   for (int64_t i = width; i < padded<A>(width); ++i) s[i] = A(0);
-  double along = 0;  // dP - D cancels
-  for (int64_t i = 0; i < width; ++i) along += double(s[i]) * double(load(out, i));
+  constexpr int64_t kParts = 8;
+  double parts[kParts] = {};  // dP - D cancels
+  const int64_t whole = width - width % kParts;
+  for (int64_t i = 0; i < whole; i += kParts)
+    for (int64_t j = 0; j < kParts; ++j) parts[j] += double(s[i + j]) * double(load(out, i + j));
+  for (int64_t i = whole; i < width; ++i) parts[i - whole] += double(s[i]) * double(load(out, i));
+  double along = 0;
+  for (double part : parts) along += part;
   return static_cast<A>(along);
 }
 
 // to[width] = from[width], times x for AttnLRP.
 template <class T, class A>
 LFP_CLONES void finish_row(const A* from, const T* x, int64_t width, bool attnlrp, T* to) {
-  for (int64_t i = 0; i < width; ++i)
-    store(to, i, attnlrp ? from[i] * static_cast<A>(load(x, i)) : from[i]);
+  if (attnlrp)
+    for (int64_t i = 0; i < width; ++i) store(to, i, from[i] * static_cast<A>(load(x, i)));
+  else
+    for (int64_t i = 0; i < width; ++i) store(to, i, from[i]);
 }
 
 template <class T>
@@ -142,7 +160,7 @@ class Backward {
       const int64_t i = row + r, index = (b * c_.heads + h) * c_.queries + i;
       const int64_t visible = c_.causal ? std::clamp<int64_t>(i + 1 - key, 0, count) : count;
       A* z = z_ + r * kKeys;
-      for (int64_t j = 0; j < visible; ++j) z[j] *= A(c_.scale);
+      serial_loop(0, visible, [=, scale = A(c_.scale)](int64_t j) { z[j] *= scale; });
       const A* masked = z;
       if (t_.mask) {
         std::copy_n(z, visible, masked_);

@@ -84,20 +84,17 @@ Layer layer_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor
           call};
 }
 
-// sum_n s[N,O], in float64: the sums of a bias cancel.
+// sums[O] = sum_n s[N,O], where no tile of the weight makes it.
 template <class P>
-std::vector<double> column_sums(const Tensor& s) {
+void column_sums(const Tensor& s, double* sums) {
   const int64_t n = s.size(0), out = s.size(1);
   const P* sp = data<P>(s);
-  std::vector<double> result(out, 0.0);
-  double* sums = result.data();
   torch::stable::parallel_for(
       0, out, std::max<int64_t>(64, kGrain / std::max<int64_t>(n, 1)),
       [&](int64_t begin, int64_t end) {
         for (int64_t k = 0; k < n; ++k)
           serial_loop(begin, end, [=](int64_t o) { sums[o] += double(load(sp, k * out + o)); });
       });
-  return result;
 }
 
 Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
@@ -118,17 +115,20 @@ Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor>
     if (need_input) std::get<0>(result) = redistribute_input<T, P>(layer, s);
     dispatch_weight_epilogue<A>(RuleCode(rule).weight, kOp, [&](auto functor) {
       using Rule = decltype(functor);
+      std::vector<double> sums(need_bias && bias ? layer.out() : 0, 0.0);
+      double* to_bias = sums.empty() ? nullptr : sums.data();
       if (need_weight) {
         Tensor& feedback = std::get<1>(result) = torch::stable::empty_like(layer.weight);
         T* f = data<T>(feedback);
         const T* w = data<T>(layer.weight);
-        signal_tiles<P>(
-            s, as_product_type<T, P>(layer.x), [=](int64_t begin, int64_t rows, const P* tile) {
-              feedback_range<T, Rule>(tile, w + begin * in, f + begin * in, rows * in, p);
-            });
+        signal_tiles<P>(s, as_product_type<T, P>(layer.x), to_bias,
+                        [=](int64_t begin, int64_t rows, const P* tile) {
+                          feedback_range<T, Rule>(tile, w + begin * in, f + begin * in, rows * in,
+                                                  p);
+                        });
       }
-      if (need_bias && bias.has_value()) {
-        const auto sums = column_sums<P>(s);
+      if (to_bias) {
+        if (!need_weight || in == 0) column_sums<P>(s, to_bias);
         const Tensor& b = *layer.bias;
         Tensor& feedback = std::get<2>(result) = torch::stable::empty_like(b);
         feedback_range<T, Rule>(sums.data(), data<T>(b), data<T>(feedback), layer.out(), p);
@@ -138,15 +138,17 @@ Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor>
   return result;
 }
 
-// W and its states take one optimizer step along weight_epilogue(s^T x, W).
+// W and its states take one optimizer step along weight_epilogue(s^T x, W). Where `sums` is not
+// null it gets sum_n s.
 template <class T, class P, class Rule, class Optimizer>
 void update_weight(const Layer& layer, const Tensor& s, const std::vector<Tensor>& states,
-                   RuleParams<Acc<T>> p, OptimizerParams<Acc<T>> h) {
+                   RuleParams<Acc<T>> p, OptimizerParams<Acc<T>> h, double* sums) {
   T* w = data<T>(layer.weight);
   const int64_t n = layer.n(), in = layer.in(), out = layer.out();
 #if LFP_ONE_PASS
   if constexpr (std::is_same_v<T, float> && std::is_same_v<P, float>) {
     if (one_pass_pays(n, in, out)) {
+      if (sums) column_sums<P>(s, sums);
       const int64_t groups = (out + kRows - 1) / kRows;
       const int64_t grain = std::max<int64_t>(1, kProductGrain / (n * in * kRows));
       torch::stable::parallel_for(0, groups, grain, [&](int64_t first, int64_t last) {
@@ -158,7 +160,8 @@ void update_weight(const Layer& layer, const Tensor& s, const std::vector<Tensor
     }
   }
 #endif
-  signal_tiles<P>(s, as_product_type<T, P>(layer.x),
+  if (sums && in == 0) column_sums<P>(s, sums);
+  signal_tiles<P>(s, as_product_type<T, P>(layer.x), sums,
                   [&](int64_t begin, int64_t rows, const P* tile) {
                     const int64_t at = begin * in;
                     update_range<T, Rule, Optimizer>(tile, w + at, state<T>(states, 0, at),
@@ -187,15 +190,16 @@ Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor>
     const auto p = rule_params<A>(params);
     // The input product reads W before any tile of it changes.
     if (need_input) input_reward = redistribute_input<T, P>(layer, s);
+    std::vector<double> sums(bias ? layer.out() : 0, 0.0);
     dispatch_weight_epilogue<A>(RuleCode(rule).weight, op, [&](auto functor) {
       dispatch_optimizer<A>(optimizer, op, [&](auto step) {
         using Rule = decltype(functor);
         using Optimizer = decltype(step);
         const auto h = optimizer_params<A>(hyper);
-        update_weight<T, P, Rule, Optimizer>(layer, s, weight_state, p, h);
+        update_weight<T, P, Rule, Optimizer>(layer, s, weight_state, p, h,
+                                             bias ? sums.data() : nullptr);
       });
       if (!bias.has_value()) return;
-      const auto sums = column_sums<P>(s);
       dispatch_optimizer<A>(bias_optimizer, op, [&](auto step) {
         update_range<T, decltype(functor), decltype(step)>(
             sums.data(), data<T>(*bias), state<T>(bias_state, 0), state<T>(bias_state, 1),

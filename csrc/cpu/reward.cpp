@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "../reward_dispatch.h"
-#include "loops.h"
+#include "exponential.h"
 
 namespace lfp::cpu {
 namespace {
@@ -18,11 +18,21 @@ constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
 
 // q[C] = softmax(o[C])
 template <class T>
-void softmax_row(const T* o, Acc<T>* q, int64_t classes) {
+LFP_CLONES void softmax_row(const T* o, Acc<T>* q, int64_t classes) {
   using A = Acc<T>;
-  A top = load(o, 0), total = A(0);
-  for (int64_t k = 1; k < classes; ++k) top = std::max(top, load(o, k));
-  for (int64_t k = 0; k < classes; ++k) total += q[k] = std::exp(load(o, k) - top);
+  constexpr int64_t kParts = 16;
+  const int64_t whole = classes - classes % kParts;
+  A tops[kParts], sums[kParts] = {};
+  for (A& t : tops) t = load(o, 0);
+  for (int64_t k = 0; k < whole; k += kParts)
+    for (int64_t i = 0; i < kParts; ++i) tops[i] = std::max(tops[i], load(o, k + i));
+  for (int64_t k = whole; k < classes; ++k) tops[0] = std::max(tops[0], load(o, k));
+  const A top = *std::max_element(tops, tops + kParts);
+  for (int64_t k = 0; k < whole; k += kParts)
+    for (int64_t i = 0; i < kParts; ++i) sums[i] += q[k + i] = fast_exp(load(o, k + i) - top);
+  for (int64_t k = whole; k < classes; ++k) sums[k - whole] += q[k] = fast_exp(load(o, k) - top);
+  A total = 0;
+  for (A sum : sums) total += sum;
   for (int64_t k = 0; k < classes; ++k) q[k] /= total;
 }
 

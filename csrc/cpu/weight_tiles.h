@@ -60,15 +60,32 @@ void weight_tiles(const Tensor& x, int64_t out, Form form, Visit visit) {
   });
 }
 
-// The tiles of a signal s[N, O] in memory.
+// sums[rows] of columns[rows, N], in float64: the sums of a bias cancel.
+template <class P>
+LFP_CLONES void row_sums(const P* columns, int64_t rows, int64_t n, double* sums) {
+  constexpr int64_t kParts = 32;
+  for (int64_t o = 0; o < rows; ++o, columns += n) {
+    double parts[kParts] = {};
+    const int64_t whole = n - n % kParts;
+    for (int64_t k = 0; k < whole; k += kParts)
+      for (int64_t j = 0; j < kParts; ++j) parts[j] += double(load(columns, k + j));
+    for (int64_t k = whole; k < n; ++k) parts[k - whole] += double(load(columns, k));
+    sums[o] = 0;
+    for (double part : parts) sums[o] += part;
+  }
+}
+
+// The tiles of a signal s[N, O] in memory. Where `sums` is not null it gets sum_n s[N, O], from the
+// columns while they are in cache.
 template <class P, class Visit>
-void signal_tiles(const Tensor& s, const Tensor& x, Visit visit) {
+void signal_tiles(const Tensor& s, const Tensor& x, double* sums, Visit visit) {
   const int64_t n = s.size(0), out = s.size(1);
   const P* from = data<P>(s);
   weight_tiles<P>(
       x, out,
       [=](int64_t begin, int64_t rows, P* columns) {
         transpose_columns(from, columns, n, out, begin, rows);
+        if (sums) row_sums(columns, rows, n, sums + begin);
       },
       visit);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import (
     Group,
+    attention_bugs,
     cuda_bugs_conv,
     cuda_bugs_linear,
     cuda_bugs_memory,
@@ -19,4 +20,5 @@ GROUPS: tuple[Group, ...] = (
     *cuda_bugs_conv.GROUPS,
     *cuda_bugs_rules.GROUPS,
     *norms_bugs.CUDA_GROUPS,
+    *attention_bugs.CUDA_GROUPS,
 )

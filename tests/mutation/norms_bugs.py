@@ -22,8 +22,8 @@ EMBEDDING = plant(
     ("padding", "token == u.padding || (at > 0 &&", "(at > 0 &&"),
     (
         "first of a row",
-        "if (token == u.padding || u.tokens[first - 1] != token) return;",
-        "if (token == u.padding) return;",
+        "(at > 0 && u.tokens[at - 1] == token)",
+        "(at > 1 && u.tokens[at - 1] == token)",
     ),
     ("bound", "(token < 0 || token >= u.rows) __trap();", "(token < 0) __trap();"),
     (
@@ -204,7 +204,7 @@ TRITON_EMBEDDING = plant(
     ("reduction", "        more = count == WINDOW\n", "        more = count > WINDOW\n"),
     ("stride", "(found + tl.arange(0, WINDOW)) * stride", "found + tl.arange(0, WINDOW)"),
     ("padding", "if (token != padding) & (token != before) &", "if (token != before) &"),
-    ("first of a row", "if (token != padding) & (token == before):", "if token != padding:"),
+    ("first of a row", "(token != padding) & (token != before) &", "(token != padding) &"),
     (
         "offset",
         "load(r_ptr + place * width + column, column < width)",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import Group, norms_bugs, plant, triton_bugs_rules, triton_bugs_spatial
+from . import Group, attention_bugs, norms_bugs, plant, triton_bugs_rules, triton_bugs_spatial
 
 SUMS = "tests/gpusim_ops/test_split_sums.py"
 SUMMED = "linear_redistribute or linear_update or dense_tensors"
@@ -254,4 +254,5 @@ GROUPS = (
     *triton_bugs_spatial.GROUPS,
     *triton_bugs_rules.GROUPS,
     *norms_bugs.TRITON_GROUPS,
+    *attention_bugs.TRITON_GROUPS,
 )

@@ -126,6 +126,16 @@ def draw(word, rate, keep, dtype: tl.constexpr):
 
 
 @triton.jit
+def as_operand(s, MODE: tl.constexpr):
+    """s as products take it, so that sums of s alone can have the same rounding."""
+    if MODE == "tf32":  # to the nearest of 10 bits of mantissa
+        bits = (s.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        return tl.where(s == s, bits.to(tl.float32, bitcast=True), s)
+    else:
+        return s.to(operand_type(MODE))
+
+
+@triton.jit
 def to_logits(p, z, x, to_p, delta, eps, ATTNLRP: tl.constexpr):
     """dz of logits z (masked: x), from what arrives at p"""
     dz = p * (to_p - delta)
@@ -227,7 +237,7 @@ def query_kernel(
     inside = (i < queries)[:, None] & (tl.arange(0, F) < values)[None, :]
     if ATTNLRP:  # s is rounded here, so that both kernels and delta have the same one
         s = s.to(acc) / (2 * stabilize(out, eps.to(acc)))
-        s = tl.where(inside, s, 0.0).to(operand_type(MODE))
+        s = as_operand(tl.where(inside, s, 0.0), MODE)
         store_rows(s_ptr, s, i, s_l, queries, values, F)
     # The choice keeps products and sums apart: threads that hold the same sum would otherwise fuse
     # different ones of them, and differ in the last bit.

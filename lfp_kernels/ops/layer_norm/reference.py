@@ -76,7 +76,7 @@ def group_redistribute(
         for p in (weight, bias)
     ]
     found, *to = rows_redistribute(
-        rows, *each, reward.reshape(rows.shape), True, eps, stabilizer, identity
+        rows, each[0], each[1], reward.reshape(rows.shape), True, eps, stabilizer, identity
     )
     to_weight, to_bias = (t.view(x.shape).sum((0, 2)) for t in to)
     return found.view(x.shape), to_weight, to_bias
