@@ -130,9 +130,9 @@ def nested() -> Callable[[], Any]:
 def attention_memory(length: int) -> int:
     """Bytes that one redistribution through attention allocates at most, two heads of 64."""
     q, k, v, reward = (torch.randn(1, 2, length, 64) for _ in range(4))
-    out = F.attention(q, k, v, causal=True)
+    out, lse = F.attention(q, k, v, causal=True)
     with torch.profiler.profile(profile_memory=True) as profile:
-        F.attention_redistribute(q, k, v, out, reward, causal=True)
+        F.attention_redistribute(q, k, v, out, reward, lse=lse, causal=True)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     level = highest = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -10,6 +10,7 @@ import torch.nn.functional as TF
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autograd import _replace
 from .functional import (
     attention,
     attention_redistribute,
@@ -82,6 +83,21 @@ class ParameterReward(torch.autograd.Function):
     def backward(ctx: Any, reward: Tensor):
         (weight,) = ctx.saved_tensors
         return reward * weight.sign()
+
+
+class CopyingSum(torch.autograd.Function):
+    """``a += b``, each operand with the whole reward. As in every in-place call, ``a`` gets new
+    storage: what was saved of the old one keeps its values."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor):
+        ctx.shape = b.shape
+        return _replace(ctx, a, a + b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        return reward, reward.sum_to_size(ctx.shape)
 
 
 class AttentionReward(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import autograd
 from . import autograd_attention as R
-from .capture import TABLE, Handler, _bind
+from .capture import TABLE, Handler, _bind, _refuse_view
 
 if TYPE_CHECKING:
     from .composites import Attachment
@@ -41,8 +41,10 @@ def _owned(value: Any) -> Any:
 
 
 def _softmax(
-    at: Attachment, x: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None, **_: Any
+    at: Attachment, x: Tensor, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None, **_: Any
 ) -> Tensor:
+    if isinstance(_stacklevel, torch.dtype):  # the third of torch.softmax
+        dtype = _stacklevel
     return R.SoftmaxReward.apply(x, -1 if dim is None else dim, dtype)
 
 
@@ -91,11 +93,23 @@ def _multiply(at: Attachment, function: Any, a: Any, b: Any) -> Any:
     return R.ProductReward.apply(a, b, function, shares, _of(at).eps)
 
 
+def _refuse_learned(function: str, **masks: Any) -> None:
+    """A mask takes its share of the reward and has no rule that hands it on."""
+    for name, mask in masks.items():
+        if _active(mask):
+            raise ValueError(
+                f"composite: {function}: {name}: expected a mask that needs no feedback, got one "
+                "with requires_grad=True; detach it, or write attention out: q @ k.mT * scale + "
+                f"{name}, softmax, @ v"
+            )
+
+
 def _attention(
     at: Attachment, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
+    _refuse_learned("scaled_dot_product_attention", attn_mask=attn_mask)
     if not enable_gqa and k.shape[:-2] != q.shape[:-2]:  # torch broadcasts the leading dimensions
         front = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
         q, k, v = (t.expand(*front, *t.shape[-2:]) for t in (q, k, v))
@@ -125,6 +139,8 @@ def _multi_head(
             "composite: multi_head_attention: need_weights: expected False while attached; the "
             "probabilities are never kept"
         )
+    name = "multi_head_attention"
+    _refuse_learned(name, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
     weights = (q_proj_weight, k_proj_weight, v_proj_weight)
     if not use_separate_proj_weight:
         weights = in_proj_weight.chunk(3)
@@ -192,11 +208,14 @@ def _rms_norm(
     at: Attachment, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:  # fmt: skip
-    epsilon = torch.finfo(input.dtype).eps if eps is None else eps
-    return _norm(
-        at, input, weight, None, lambda x: TF.rms_norm(x, tuple(normalized_shape), weight, epsilon),
-        centred=False, eps=epsilon,
-    )  # fmt: skip
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    shape = tuple(normalized_shape)
+    flat = input.flatten(-len(shape)) if weight is None and len(shape) > 1 else input
+
+    def norm(x: Tensor) -> Tensor:
+        return TF.rms_norm(x.view(input.shape), shape, weight, eps).view(x.shape)
+
+    return _norm(at, flat, weight, None, norm, centred=False, eps=eps).view(input.shape)
 
 
 def _group_norm(
@@ -341,9 +360,18 @@ def _gradient() -> dict[Any, Handler]:
     return table
 
 
+def _copy_in_place(at: Attachment, input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
+    _refuse_view(Tensor.add_, input)
+    other = torch.as_tensor(other, dtype=input.dtype, device=input.device)
+    return R.CopyingSum.apply(input, other if alpha == 1 else other * alpha)
+
+
 def _copying(table: dict[Any, Handler]) -> dict[Any, Handler]:
     """Every operand of a sum gets the whole reward."""
-    return {**table, **{function: _bind(_plain, function) for function in _ADD}}
+    copied: dict[Any, Handler] = {function: _bind(_plain, function) for function in _ADD}
+    for function in (Tensor.add_, Tensor.__iadd__):
+        copied[function] = _copy_in_place
+    return {**table, **copied}
 
 
 TABLES: dict[tuple[str, str], dict[Any, Handler]] = {

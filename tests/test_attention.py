@@ -159,6 +159,29 @@ def test_plain_is_the_gradient(backend, case):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_masks_of_the_least_number(backend, dtype):
+    """Hugging Face's eager masks add finfo.min; a query of padding sees nothing else."""
+    q, k, v, r, _ = Case((1, 2, 2, 6, 7, 8, 4)).tensors(dtype)
+    mask = torch.zeros(6, 7, dtype=dtype)
+    mask[1], mask[3:, 2:5] = torch.finfo(dtype).min, torch.finfo(dtype).min
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    expected = TF.scaled_dot_product_attention(*leaves, attn_mask=mask)
+    with use_backend(backend):
+        out, lse = F.attention(q, k, v, mask)
+    torch.testing.assert_close(out[:, :, [0, *range(2, 6)]], expected[:, :, [0, *range(2, 6)]])
+    # the one difference: among hidden keys the logits still tell, where finfo.min swallows them
+    p = (q[:, :, 1:2] @ k.mT / math.sqrt(8)).softmax(-1)
+    torch.testing.assert_close(out[:, :, 1:2], p @ v, rtol=2e-3, atol=2e-3)
+    r = r.clone()
+    r[:, :, 1] = 0
+    with use_backend(backend):
+        found = F.attention_redistribute(q, k, v, out, r, mask, lse=lse, mode="plain")
+    for a, b in zip(found, torch.autograd.grad(expected, leaves, r)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_views_and_layout(backend):
     """Heads as a projection leaves them, a transposed last dimension, rewards of any strides."""
     qkv = torch.randn(2, 9, 3, 2, 6, dtype=torch.float64) + 1

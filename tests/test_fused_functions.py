@@ -97,6 +97,7 @@ FUNCTIONS = {
     "mean": lambda m, a, b: a.mean(1) + torch.mean(b, dim=(1,), keepdim=True)[:, 0],
     "sum": lambda m, a, b: a.sum((0, 1)) + b.sum(-2, keepdim=True),
     "softmax": lambda m, a, b: torch.softmax(a, dim=-1) + TF.softmax(b, dim=1),
+    "softmax by position": lambda m, a, b: torch.softmax(a.float(), -1, torch.float64) * b,
     "masked": lambda m, a, b: a.masked_fill(m.c > 0, 0.0) + torch.where(m.c > 0, a, b),
     "parts of parameters": lambda m, a, b: (
         a + m.table.to(a.dtype).narrow(1, 1, 4) - m.row.type_as(b)[0]
@@ -191,7 +192,6 @@ REFUSED = {
     "a learned mask": lambda m, a, b: TF.scaled_dot_product_attention(
         a, b, b, attn_mask=m.table[:, 0]
     ),
-    "softmax by position": lambda m, a, b: torch.softmax(a, -1, torch.float64),
     "a copied part": lambda m, a, b: a + m.table[:, :4].reshape(4, 6),
 }
 

@@ -293,8 +293,9 @@ def test_norms(norms):
     for kind in kinds:
         same(Normed(kind), rand(3, 4, 6), composites.Transformer(eps=EPS, norms=norms))
     # Of several dimensions, without a weight: the shape of x says what is covered.
-    alone = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm((4, 6), elementwise_affine=False))
-    same(alone, rand(3, 4, 6), composites.Transformer(eps=EPS, norms=norms))
+    for norm in (nn.LayerNorm, nn.RMSNorm):
+        alone = nn.Sequential(nn.Linear(6, 6), norm((4, 6), elementwise_affine=False))
+        same(alone, rand(3, 4, 6), composites.Transformer(eps=EPS, norms=norms))
 
 
 class Tables(nn.Module):

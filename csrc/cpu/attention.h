@@ -12,7 +12,7 @@
 namespace lfp::cpu {
 
 constexpr int64_t kQueries = 64, kKeys = 128;  // of a block
-constexpr int64_t kLeastTasks = 16;            // what is cut further where there are fewer heads
+constexpr int64_t kLeastTasks = 8;             // what is cut further where there are fewer heads
 
 // [B, H, L, E] with any strides but that of E.
 template <class T>

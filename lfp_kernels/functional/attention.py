@@ -16,6 +16,7 @@ from .. import ops
 from ..backends import select
 
 _ = ops  # registers the schemas
+_DEEPEST = -1e4  # finite entries of an added mask: hidden as well, and lse keeps three decimals
 
 
 class Attended(NamedTuple):
@@ -135,7 +136,9 @@ def _prepare(
             )
         if mask.dtype != torch.bool:
             check.floating(op, "mask", mask)
-            mask = mask.to(q.dtype)
+            # lse of a query that sees nothing but finfo.min could not tell that from one key.
+            deep = (mask < _DEEPEST) & (mask > -math.inf)
+            mask = mask.masked_fill(deep, _DEEPEST).to(q.dtype)
         while mask.dim() < 4:
             mask = mask.unsqueeze(0)
         leading = torch.Size(full[:-3]).numel()

@@ -82,19 +82,19 @@ def _sum(
 
 
 def add_in_place(builder: Any, node: fx.Node, a: Any, b: Any) -> None:
-    """``a += b``: shares, whatever ``residual`` says, and of parameters whole ones alone are signed
-    (capture._add)."""
+    """``a += b``: of parameters whole ones alone are signed (capture._add)."""
     live = _both(builder, node, a, b)
     if a in builder.attributes or builder.learned(a) or node.kwargs.get("alpha"):
         raise builder.refuse(node, "this form of a sum in place")
-    rule = builder.composite.function_rule
+    rule, copied = builder.composite.function_rule, builder.composite.residual == "gradient"
     slots = [builder.slot(a)] if live[0] else []
     if live[1]:
-        slots.append(operand(builder, b, signed=b in builder.attributes))
+        slots.append(operand(builder, b, signed=b in builder.attributes and not copied))
     if all(live):
-        stage: S.Stage = S.Sum(rule)
+        stage: S.Stage = P.CopiedSum() if copied else S.Sum(rule)
     else:
-        stage = P.SumWithConstant(rule, builder.getter(b if live[0] else a))
+        other = builder.getter(b if live[0] else a)
+        stage = P.CopiedSum(other) if copied else P.SumWithConstant(rule, other)
     builder.emit_for(node, stage, slots)
     builder.overwrite(node, a)
 
@@ -167,10 +167,11 @@ def matmul(builder: Any, node: fx.Node, given: Any) -> None:
 
 
 def softmax(builder: Any, node: fx.Node, given: Any) -> None:
-    by_position = isinstance(getattr(given, "_stacklevel", 3), torch.dtype)  # torch.softmax's third
-    if not isinstance(given.dim, int) or isinstance(given.dtype, fx.Node) or by_position:
+    third = getattr(given, "_stacklevel", 3)
+    dtype = third if isinstance(third, torch.dtype) else given.dtype  # torch.softmax's third
+    if not isinstance(given.dim, int) or isinstance(dtype, fx.Node) or isinstance(third, fx.Node):
         raise builder.refuse(node, "this form of softmax")
-    builder.add(node, P.Softmax(builder.composite, given.dim, given.dtype), given.input)
+    builder.add(node, P.Softmax(builder.composite, given.dim, dtype), given.input)
 
 
 def reduce(builder: Any, node: fx.Node, given: Any) -> None:

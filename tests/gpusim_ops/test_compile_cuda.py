@@ -32,6 +32,7 @@ BOUNDS = (
     (r"elementwise_kernel", 64),  # 4 blocks of 256
     (r"(root|squares|statistics|feedback|spike_rate|add_ranges)_kernel", 64),
     (r"over_steps_kernel", 64),
+    (r"attention_(queries_|keys_)?kernel", 255),  # 128 threads, two operands in registers
     (r"(forward|backward)_scan_kernel", 128),  # 4 blocks of 128
     (r"reduce_splits_kernel", 80),
     (r"update_kernel", 80),  # 3 blocks of 256

@@ -13,6 +13,7 @@ from .._triton_product import feedback_mode, forward_mode
 from . import empty_heads
 from .triton_kernels import ADDS, HIDES, NO_MASK, forward_kernel, key_kernel, query_kernel
 
+REGISTERS = 255  # of a thread
 WIDEST = 256  # elements of a head: a block's rows are held whole
 
 
@@ -27,9 +28,11 @@ class _Tiles(NamedTuple):
 
     def options(self, owns_queries: bool) -> dict[str, Any]:
         m, n = (self.own, self.other) if owns_queries else (self.other, self.own)
-        return {
+        found = {
             "M": m, "N": n, "HELD": self.held, "num_warps": self.warps, "num_stages": self.stages,
         }  # fmt: skip
+        # Said what it may use, ptxas does not spill a few words to fit one more program.
+        return found if torch.version.hip else {**found, "maxnreg": REGISTERS}
 
 
 def _tiles(mode: str, width: int, dropout: bool) -> _Tiles:
@@ -42,7 +45,7 @@ def _tiles(mode: str, width: int, dropout: bool) -> _Tiles:
         return _Tiles(16 if width > 128 else 32, 16, 4, 1, True)
     if width > 128:
         return _Tiles(32, 16, 8, 1, True)
-    return _Tiles(32 if dropout else 64, 32, 4 if width <= 64 else 8, 1, True)
+    return _Tiles(32 if dropout or width > 64 else 64, 32, 4 if width <= 64 else 8, 1, True)
 
 
 def _rows(t: Tensor) -> Tensor:
