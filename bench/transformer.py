@@ -1,19 +1,23 @@
 """One training step of a small GPT: gradient descent, LFP drop-in and fused, LFP nested.
 
-    python -m bench.transformer [--repeats 9] [--memory]
+    python -m bench.transformer [--repeats 9] [--memory] [--attention] [--heap]
 
 Four layers, 256 wide, four heads, 256 symbols, batch 16 of 128 tokens; AdamW on all sides. `nested`
 is the algorithm as the official package runs it for layers (nested autograd calls; everything else
 plain autograd). --memory: highest sum of live allocations of one attention redistribution
-(attnlrp) over the length of the sequence.
+(attnlrp) over the length of the sequence. --attention: the kernels against torch's own. --heap: the
+resident set of the process over 100 fused steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,10 +145,47 @@ def attention_memory(length: int) -> int:
     return highest
 
 
+def attention_times(repeats: int) -> None:
+    """Causal attention, float32, milliseconds: torch's and ours, there and back."""
+    print("| batch, heads, tokens, width | torch forward, back | forward, plain, attnlrp |")
+    print("|---|---|---|")
+    for n, heads, length in ((16, 4, 128), (2, 8, 1024), (1, 8, 2048)):
+        q, k, v = torch.randn(n, length, 3, heads, 64).permute(2, 0, 3, 1, 4).unbind(0)
+        reward = torch.randn(n, length, heads, 64).transpose(1, 2)
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        torch_out = TF.scaled_dot_product_attention(*leaves, is_causal=True)
+        out, lse = F.attention(q, k, v, causal=True)
+
+        attend = partial(F.attention, q, k, v, causal=True)
+        back = partial(F.attention_redistribute, q, k, v, out, reward, lse=lse, causal=True)
+        runs: dict[str, Callable[[], Any]] = {
+            "torch": partial(TF.scaled_dot_product_attention, q, k, v, is_causal=True),
+            "torch back": partial(
+                torch.autograd.grad, torch_out, leaves, reward, retain_graph=True
+            ),
+            "ours": attend,
+            "plain": partial(back, mode="plain"),
+            "attnlrp": partial(back, mode="attnlrp"),
+        }
+        times = interleave(runs, Plan(repeats=repeats, warmup=2))
+        ms = [f"{1e3 * statistics.median(found):.2f}" for found in times.values()]
+        print(f"| {n}, {heads}, {length}, 64 | {', '.join(ms[:2])} | {', '.join(ms[2:])} |")
+
+
+def heap_over_steps() -> None:
+    step = fused("attnlrp")
+    for done in range(1, 101):
+        step()
+        if done in (1, 10) or done % 20 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            print(f"after {done} steps: {pages * resource.getpagesize() >> 20} MiB resident")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.transformer", description=__doc__)
     parser.add_argument("--repeats", type=int, default=9, help="interleaved rounds")
-    parser.add_argument("--memory", action="store_true")
+    for extra in ("--memory", "--attention", "--heap"):
+        parser.add_argument(extra, action="store_true")
     options = parser.parse_args()
     here = environment("cpu")
     print(f"{here.machine}, {here.threads} threads, torch {here.torch}, {here.commit}, {here.date}")
@@ -154,7 +195,13 @@ def main() -> int:
             found = attention_memory(length)
             print(f"| {length} | {found / 2**20:.1f} | {found // length} |")
         return 0
+    if options.heap:
+        heap_over_steps()
+        return 0
     settle_allocator()
+    if options.attention:
+        attention_times(options.repeats)
+        return 0
     runs = {"gradient, AdamW": gradient(), "nested": nested()}
     for mode in ("plain", "attnlrp"):
         runs |= {f"drop-in, {mode}": drop_in(mode), f"fused, {mode}": fused(mode)}

@@ -12,6 +12,7 @@ from .. import functional as F
 from .. import rewards
 from ..composites import Composite, check_finite
 from ..optim import SGD, AdamW, BoundOptimizer
+from .heap import Heap
 from .plan import Plan
 from .reduce import Buckets, check_group
 from .stages import Run
@@ -53,6 +54,7 @@ class FusedStep:
         if not parameters:
             raise ValueError("fuse: model: expected a trainable parameter, got none")
         self._plan = self._make_plan()
+        self._heap = Heap()
         if isinstance(optimizer, BoundOptimizer):
             self.optimizer = optimizer
         else:
@@ -109,6 +111,8 @@ class FusedStep:
         self.composite.begin(out, y, reward)
         plan.redistribute(run, reward)
         updates.finish()
+        if x.device.type == "cpu":
+            self._heap.step()
         return StepResult(out, reward)
 
     def _check_input(self, x: Tensor) -> None:
