@@ -53,8 +53,8 @@ $(GPUSIM)/.installed: requirements-gpusim.txt
 	touch $@
 
 # What CI runs: the executor itself; linear at its tile limits, one tile and several per block;
-# whole training steps (convolution, batch norm, pools, rewards, optimizers) on both backends; and
-# spiking neurons.
+# whole training steps (convolution, batch norm, pools, rewards, optimizers) on both backends;
+# spiking neurons; attention, norms and embeddings.
 test-gpusim-fast: $(GPUSIM)/.installed
 	$(SIMULATED) tests/gpusim
 	LFP_SIM_SOURCES=linear.cu,linear_rules.cu $(SIMULATED) --simulate cuda tests/gpusim_ops/test_linear_tiles.py -k float32
@@ -62,6 +62,9 @@ test-gpusim-fast: $(GPUSIM)/.installed
 		tests/gpusim_ops/test_linear_tiles.py -k "bfloat16 and redistribute"
 	$(SIMULATED) --simulate cuda tests/gpusim_ops/test_training.py -k matches
 	LFP_SIM_SOURCES=lif.cu,spikes.cu $(SIMULATED) --simulate cuda tests/gpusim_ops/test_spiking_gpu.py -k "not many_steps"
+	LFP_SIM_SOURCES=attention.cu,attention_redistribute.cu,embedding.cu,softmax.cu,layer_norm.cu,group_norm.cu,update.cu \
+		$(SIMULATED) --simulate cuda tests/test_attention.py tests/test_norms.py tests/test_embedding.py \
+		-k "(formulas and native) or (float32 and (attnlrp or identity or update))"
 	$(SIMULATED) --simulate triton tests/gpusim_ops/test_training.py -k "matches and momentum"
 
 # All of it: every op test on both backends, sm_90a, traffic, what the compilers say.
