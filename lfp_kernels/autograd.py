@@ -191,17 +191,60 @@ class MaxPoolReward(torch.autograd.Function):
         return F.max_pool_redistribute(reward.unsqueeze(0), winner, ctx.shape).squeeze(0), None
 
 
-class SumReward(torch.autograd.Function):
-    """``a + b`` by the rule: each operand takes the share it contributed.
+class ParameterReward(torch.autograd.Function):
+    """A parameter where an activation may stand (a position, a class token): the feedback of what
+    got relevance r is ``sign(w) * r``, as a bias of ``w`` would get it."""
 
-    A parameter operand (a learned position or scale offset) is treated as a bias: its feedback is
-    ``|b| * s``, where the reward of an activation is ``b * s``.
-    """
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor):
+        ctx.save_for_backward(weight)
+        return weight.data.view_as(weight)  # no part of a parameter any more
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, reward: Tensor):
+        (weight,) = ctx.saved_tensors
+        return reward * weight.sign()
+
+
+def learned(value: Any) -> bool:
+    """A parameter or a part of one (the first rows of a table of positions)."""
+    parameter = torch.nn.Parameter
+    return isinstance(value, parameter) or isinstance(getattr(value, "_base", None), parameter)
+
+
+def owned(value: Any) -> Any:
+    """A trainable parameter as an activation that signs its feedback; so in a list of tensors.
+    Everything else is returned as it is."""
+    if isinstance(value, (list, tuple)) and any(learned(v) for v in value):
+        return type(value)([owned(v) for v in value])
+    return ParameterReward.apply(value) if learned(value) and value.requires_grad else value
+
+
+def relevant(weight: Any) -> Any:
+    """A weight or bias of a layer, which signs its feedback. Where the weight was computed (scaled,
+    masked, converted, joined), relevance flows on, and is signed at the parameters it came from."""
+    if not isinstance(weight, Tensor) or weight.grad_fn is None or learned(weight):
+        return weight
+    nodes, seen = [weight.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if type(node).__name__.endswith("RewardBackward"):  # relevance arrives there
+            return ParameterReward.apply(weight)
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            continue  # a function of others (compat's Deposit) knows what it takes
+        nodes += [n for n, _ in node.next_functions if n is not None and n not in seen]
+    return weight  # computed outside of forward, or by functions that take feedback
+
+
+class SumReward(torch.autograd.Function):
+    """``a + b`` by the rule: each operand takes the share it contributed."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, rule: Rule, in_place: bool):
         ctx.save_for_backward(a.data, b.data)
-        ctx.rule, ctx.parameter = rule, isinstance(b, torch.nn.Parameter)
+        ctx.rule = rule
         if in_place:
             return _replace(ctx, a, a + b)
         return a + b
@@ -211,8 +254,6 @@ class SumReward(torch.autograd.Function):
     def backward(ctx: Any, reward: Tensor):
         a, b = ctx.saved_tensors
         first, second = F.sum_redistribute(a, b, reward, ctx.rule)
-        if ctx.parameter:
-            second = second * b.sign()
         need = ctx.needs_input_grad
         return first if need[0] else None, second if need[1] else None, None, None
 

@@ -69,23 +69,7 @@ class ProductReward(torch.autograd.Function):
         return first, second, None, None, None
 
 
-class ParameterReward(torch.autograd.Function):
-    """A parameter where an activation may stand: the feedback of what got relevance r is
-    ``sign(w) * r``."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor):
-        ctx.save_for_backward(weight)
-        return weight.data.view_as(weight)  # no part of a parameter any more
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, reward: Tensor):
-        (weight,) = ctx.saved_tensors
-        return reward * weight.sign()
-
-
-class CopyingSum(torch.autograd.Function):
+class CopyingSumReward(torch.autograd.Function):
     """``a += b``, each operand with the whole reward. As in every in-place call, ``a`` gets new
     storage: what was saved of the old one keeps its values."""
 

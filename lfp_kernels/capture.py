@@ -34,6 +34,38 @@ def _takes_part(*tensors: Any) -> bool:
     )
 
 
+def signed(handler: Handler, *operands: str) -> Handler:
+    """The handler, for which parameters among its arguments are activations (autograd.owned): all
+    of them, or the first ones, whose names are given; the others are weights of a layer."""
+
+    def call(at: Attachment, *args: Any, **kwargs: Any) -> Any:
+        if at.composite.plain:  # gradients, and no relevance
+            return handler(at, *args, **kwargs)
+        count = len(operands) or len(args)
+        first = (autograd.owned(a) for a in args[:count])
+        rest = (autograd.relevant(a) for a in args[count:])
+        named = {
+            k: autograd.owned(v) if not operands or k in operands else autograd.relevant(v)
+            for k, v in kwargs.items()
+        }
+        return handler(at, *first, *rest, **named)
+
+    return call
+
+
+def moved(function: Any, args: Any, kwargs: Any) -> Any:
+    """A call that moves values. What it cuts out of a parameter is a part of it, and signed where
+    it is used; what it copies is an activation from here on."""
+    values = [*_flat(args), *kwargs.values()]
+    result = function(*args, **kwargs)
+    if not any(autograd.learned(v) for v in values) or not _takes_part(*values):
+        return result
+    if all(autograd.learned(t) for t in _flat((result,)) if isinstance(t, Tensor)):
+        return result
+    rest = {k: autograd.owned(v) for k, v in kwargs.items()}
+    return function(*(autograd.owned(a) for a in args), **rest)
+
+
 def _linear(at: Attachment, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     layer = at.rule_of_weight(weight)
     return autograd.LinearReward.apply(
@@ -85,11 +117,15 @@ def _max_pool(at: Attachment, dims: int, input: Tensor, *args: Any, **kwargs: An
 def _add(at: Attachment, input: Any, other: Any, *, alpha: Any = 1, in_place: bool = False) -> Any:
     if not isinstance(input, Tensor):  # 1 + x
         input, other = other, input
+    swap = not in_place and autograd.learned(input)  # the activation decides the dtype
+    if not in_place:
+        input = autograd.owned(input)
+    other = autograd.owned(other)
     if not isinstance(other, Tensor):
         other = torch.as_tensor(other, dtype=input.dtype, device=input.device)
     if alpha != 1:
         other = other * alpha
-    if not in_place and isinstance(input, torch.nn.Parameter):
+    if swap:
         input, other = other, input
     other = other.to(input.dtype) if other.dtype != input.dtype else other
     return autograd.SumReward.apply(input, other, at.function_rule, in_place)
@@ -154,10 +190,12 @@ def _refuse_view(function: Any, x: Tensor) -> None:
 
 
 def _table() -> dict[Any, Handler]:
-    table: dict[Any, Handler] = {TF.linear: _linear, TF.batch_norm: _batch_norm}
+    table: dict[Any, Handler] = {
+        TF.linear: signed(_linear, "input"), TF.batch_norm: signed(_batch_norm, "input"),
+    }  # fmt: skip
     for (dims, transposed), functions in CONVS.items():
         for function in functions:
-            table[function] = _bind(_conv, dims, transposed)
+            table[function] = signed(_bind(_conv, dims, transposed), "input")
     for dims, avg, adaptive in (
         (1, TF.avg_pool1d, TF.adaptive_avg_pool1d),
         (2, TF.avg_pool2d, TF.adaptive_avg_pool2d),
@@ -173,16 +211,16 @@ def _table() -> dict[Any, Handler]:
     for function in (Tensor.add_, Tensor.__iadd__):
         table[function] = _add_in_place
     for function in (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__):
-        table[function] = _bind(_scale, operator.mul)
+        table[function] = signed(_bind(_scale, operator.mul))
     for function in (torch.div, Tensor.div, Tensor.__truediv__):
-        table[function] = _bind(_scale, operator.truediv)
+        table[function] = signed(_bind(_scale, operator.truediv))
     for function in (torch.mean, Tensor.mean, torch.sum, Tensor.sum):
-        table[function] = _bind(_reduce, function)
+        table[function] = signed(_bind(_reduce, function))
     table[run_spiking] = _spiking
     for function in ACTIVATIONS:
-        table[function] = _bind(_activation, function)
+        table[function] = signed(_bind(_activation, function))
     for function in (TF.dropout, TF.dropout1d, TF.dropout2d, TF.dropout3d):
-        table[function] = _bind(_dropout, function)
+        table[function] = signed(_bind(_dropout, function))
     return table
 
 
@@ -226,11 +264,13 @@ class RewardMode(TorchFunctionMode):
                 return handler(self.attachment, *args, **kwargs)
             return func(*args, **kwargs)
         if func in _PLAIN:
-            return func(*args, **kwargs)
+            return moved(func, args, kwargs)
         _refuse_in_place(func, args)
         result = func(*args, **kwargs)
         if _differentiable(result) and _takes_part(*_flat(args), *kwargs.values()):
             self.attachment.left_out(func, args, kwargs)
+            if not self.attachment.composite.plain:
+                return moved(func, args, kwargs)
         return result
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from . import autograd
 from . import autograd_attention as R
-from .capture import TABLE, Handler, _bind, _refuse_view
+from .autograd import learned, owned, relevant
+from .capture import TABLE, Handler, _bind, _refuse_view, signed
 
 if TYPE_CHECKING:
     from .composites import Attachment
@@ -27,34 +28,21 @@ def _of(at: Attachment) -> Transformer:
     return at.composite  # type: ignore[return-value]
 
 
-def _learned(value: Any) -> bool:
-    """A parameter or a part of one (the first rows of a table of positions)."""
-    return isinstance(value, nn.Parameter) or isinstance(
-        getattr(value, "_base", None), nn.Parameter
-    )
-
-
-def _owned(value: Any) -> Any:
-    """A parameter among activations: what arrives there is relevance, its feedback is signed."""
-    learned = _learned(value) and value.requires_grad
-    return R.ParameterReward.apply(value) if learned else value
-
-
 def _softmax(
     at: Attachment, x: Tensor, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None, **_: Any
 ) -> Tensor:
     if isinstance(_stacklevel, torch.dtype):  # the third of torch.softmax
         dtype = _stacklevel
-    return R.SoftmaxReward.apply(x, -1 if dim is None else dim, dtype)
+    return R.SoftmaxReward.apply(owned(x), -1 if dim is None else dim, dtype)
 
 
 def _product(at: Attachment, function: Any, a: Tensor, b: Tensor, **options: Any) -> Tensor:
     """A product of two activations halves the reward; that with a constant or a parameter hands it
     on."""
-    both = _active(a) and _active(b) and not (_learned(a) or _learned(b))
+    both = _active(a) and _active(b) and not (learned(a) or learned(b))
     shares = (0.5, 0.5) if both else (1.0, 1.0)
     return R.ProductReward.apply(
-        _owned(a), _owned(b), lambda x, y: function(x, y, **options), shares, _of(at).eps
+        owned(a), owned(b), lambda x, y: function(x, y, **options), shares, _of(at).eps
     )
 
 
@@ -70,7 +58,7 @@ def _baddbmm(
     at: Attachment, input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     z = _product(at, lambda x, y: alpha * torch.bmm(x, y), a, b)
-    return z if beta == 0 else TABLE[torch.add](at, z, beta * input)
+    return z if beta == 0 else TABLE[torch.add](at, z, beta * owned(input))
 
 
 def _multiply(at: Attachment, function: Any, a: Any, b: Any) -> Any:
@@ -79,13 +67,13 @@ def _multiply(at: Attachment, function: Any, a: Any, b: Any) -> Any:
     if not (_active(a) and _active(b)):
         x, other = (a, b) if _active(a) else (b, a)
         forward = function if x is a else lambda v, w: function(w, v)
-        return autograd.IdentityReward.apply(x, lambda v: forward(v, other), False)
+        return autograd.IdentityReward.apply(owned(x), lambda v: forward(v, other), False)
     if function is not operator.mul:
         at.left_out(function, (a, b), {})
         return function(a, b)
     shares = (0.5, 0.5)
-    if _learned(a) or _learned(b):
-        shares, a, b = (1.0, 1.0), _owned(a), _owned(b)
+    if learned(a) or learned(b):
+        shares, a, b = (1.0, 1.0), owned(a), owned(b)
     elif _of(at).gate == "identity":
         gated = [type(t.grad_fn).__name__.startswith("IdentityReward") for t in (a, b)]
         if gated[0] != gated[1]:
@@ -105,11 +93,12 @@ def _refuse_learned(function: str, **masks: Any) -> None:
 
 
 def _attention(
-    at: Attachment, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
+    at: Attachment, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     _refuse_learned("scaled_dot_product_attention", attn_mask=attn_mask)
+    q, k, v = map(owned, (query, key, value))
     if not enable_gqa and k.shape[:-2] != q.shape[:-2]:  # torch broadcasts the leading dimensions
         front = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
         q, k, v = (t.expand(*front, *t.shape[-2:]) for t in (q, k, v))
@@ -248,7 +237,7 @@ def _addmm(at: Attachment, input: Tensor, x: Tensor, weight: Tensor, **scale: An
         return torch.addmm(input, x, weight, **scale)
     layer = at.rule_of_weight(weight)
     return autograd.LinearReward.apply(
-        x, weight.t(), input, layer.matrix, layer, at.product_dtype(x)
+        owned(x), relevant(weight).t(), relevant(input), layer.matrix, layer, at.product_dtype(x)
     )
 
 
@@ -257,27 +246,27 @@ def _add(at: Attachment, input: Any, other: Any, *, alpha: Any = 1) -> Any:
     its place would get: freezing one changes no other's reward."""
     if not _active(input) and alpha == 1:
         input, other = other, input  # the activation decides the dtype
-    first, second = (t if isinstance(t, nn.Parameter) else _owned(t) for t in (input, other))
-    return TABLE[torch.add](at, first, second, alpha=alpha)
+    return TABLE[torch.add](at, input, other, alpha=alpha)
 
 
 def _repeat(at: Attachment, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A parameter for every sample (a class token) is an activation from here on."""
-    return function(_owned(x), *args, **kwargs)
+    return function(owned(x), *args, **kwargs)
 
 
 def _subtract(at: Attachment, a: Any, b: Any, *, alpha: Any = 1) -> Any:
-    minus = autograd.IdentityReward.apply(b, lambda v: -alpha * v, False) if _active(b) else -b
-    return _add(at, a, minus)
+    if _active(b):
+        return _add(at, a, autograd.IdentityReward.apply(owned(b), lambda v: -alpha * v, False))
+    return _add(at, a, -b)
 
 
 def _negative(at: Attachment, x: Tensor) -> Tensor:
-    return autograd.IdentityReward.apply(x, torch.neg, False)
+    return autograd.IdentityReward.apply(owned(x), torch.neg, False)
 
 
 def _plain(at: Attachment, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """The gradient acts on the reward."""
-    return function(*args, **kwargs)
+    """The gradient acts on the reward; what arrives at a parameter is signed as elsewhere."""
+    return function(*map(owned, args), **{k: owned(v) for k, v in kwargs.items()})
 
 
 _SOFTMAX: tuple[Any, ...] = (torch.softmax, TF.softmax, Tensor.softmax)
@@ -312,11 +301,13 @@ _ROUTES: tuple[Any, ...] = (
 
 def _shared() -> dict[Any, Handler]:
     table: dict[Any, Handler] = {
-        TF.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, TF.rms_norm: _rms_norm,
-        TF.group_norm: _group_norm, TF.embedding: _embedding, torch.addmm: _addmm,
-        TF.multi_head_attention_forward: _multi_head,
+        TF.embedding: signed(_embedding, "input"), torch.addmm: _addmm,
+        TF.multi_head_attention_forward: signed(_multi_head, "query", "key", "value"),
         TF.scaled_dot_product_attention: _attention,
     }  # fmt: skip
+    for norm in (_layer_norm, _rms_norm, _group_norm):
+        table[getattr(TF, norm.__name__[1:])] = signed(norm, "input")
+    table[torch.layer_norm] = table[TF.layer_norm]
     for function in _ADD:
         table[function] = _add
     for function in _ROUTES:
@@ -362,8 +353,8 @@ def _gradient() -> dict[Any, Handler]:
 
 def _copy_in_place(at: Attachment, input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
     _refuse_view(Tensor.add_, input)
-    other = torch.as_tensor(other, dtype=input.dtype, device=input.device)
-    return R.CopyingSum.apply(input, other if alpha == 1 else other * alpha)
+    other = torch.as_tensor(owned(other), dtype=input.dtype, device=input.device)
+    return R.CopyingSumReward.apply(input, other if alpha == 1 else other * alpha)
 
 
 def _copying(table: dict[Any, Handler]) -> dict[Any, Handler]:

@@ -61,6 +61,12 @@ def added_in_place(m, a, b):
     return same_as_c.add_(a) + c + d
 
 
+def parts_in_place(m, c):
+    c += m.table[:, : c.shape[1]]
+    c += m.row.expand(c.shape[0], -1, -1)
+    return c.add_(m.table[:, 1:2])
+
+
 def overwritten(a, b):
     first = a[:, :1]
     a += b
@@ -87,6 +93,24 @@ FUNCTIONS = {
     "difference": lambda m, a, b: a - b + torch.sub(-a, b) - m.c + (m.c - b) - 2.5,
     "parameters added": lambda m, a, b: a + m.w + (m.row + b),
     "parameters subtracted": lambda m, a, b: (a - m.w) + (m.row - b),
+    "parts in place": lambda m, a, b: parts_in_place(m, a * 1.5) + b,
+    "parameters negated": lambda m, a, b: (-m.w) + a + (-m.row) * b - m.table[:, 1:5],
+    "parameters scaled": lambda m, a, b: a + 2 * m.w + m.row / 3 + m.w * m.c - m.table[:, :1] * 0.5,
+    "parameters mixed in": lambda m, a, b: torch.cat([m.table, a[:1], m.row * b[:1]], 1),
+    "stacked parameters": lambda m, a, b: torch.stack([m.table[0, :4], a[0], m.table[0, 2:6]]),
+    "rows of a table": lambda m, a, b: a + m.table[:, [0, 2, 2, 7]] * b + m.table.clone()[:, :4],
+    "parameters chosen": lambda m, a, b: (
+        torch.where(m.c > 0, a, m.w) + m.row.masked_fill(m.c > 0, 0.0) + b
+    ),
+    "functions of parameters": lambda m, a, b: (
+        a * torch.sigmoid(m.w) + b * m.row.softmax(-1) + m.table.mean(1, keepdim=True)
+        + TF.layer_norm(m.row, (6,)) + TF.dropout(m.w, 0.0)
+    ),
+    "a layer of parameters": lambda m, a, b: m.b(m.table[:, :4]) + TF.linear(m.row, m.a.weight) + a,
+    "learned queries": lambda m, a, b: TF.scaled_dot_product_attention(
+        m.table.expand(2, -1, -1), a, b
+    ),
+    "learned memory": lambda m, a, b: TF.scaled_dot_product_attention(a[:1], m.table, m.table),
     "part of a table": lambda m, a, b: a + m.table[:, : a.shape[1]] + b * m.table[:, 1:2],
     "first": lambda m, a, b: a[:, 0] + b[:, -1],
     "slices": lambda m, a, b: a[..., ::2].repeat(1, 1, 2) + b[:, :, [0, 2, 2, 1, 0, 5]],
@@ -146,7 +170,8 @@ def test_functions(options, name):
 @pytest.mark.parametrize(
     "name",
     ["layer scale", "parameters added", "parts of parameters", "gate", "class token", "matrices",
-     "eager attention", "converted", "expanded", "sums in place", "difference"],
+     "eager attention", "converted", "expanded", "sums in place", "difference", "parts in place",
+     "parameters negated", "parameters mixed in", "functions of parameters", "learned memory"],
 )  # fmt: skip
 def test_frozen_parameters(name, frozen):
     model = Calls(FUNCTIONS[name])
@@ -207,3 +232,24 @@ def test_nothing_is_left_at_the_model():
     before = set(vars(model))
     lfp_kernels.fuse(model, composites.Transformer(), optimizer=optim.SGD(1.0))
     assert set(vars(model)) == before
+
+
+class Probed(nn.Module):
+    """Attention by a learned query, of every sample and of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(12)
+        self.probe, self.up = nn.Parameter(rand(1, 2, 6)), nn.Linear(6, 6)
+        self.attend = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.up(x)
+        every, _ = self.attend(self.probe.expand(x.shape[0], -1, -1), x, x, need_weights=False)
+        first, _ = self.attend(self.probe, x[:1], x[:1], need_weights=False)
+        return every + first
+
+
+@every
+def test_learned_query(options):
+    same(Probed(), rand(3, 4, 6), transformer(options))

@@ -39,6 +39,10 @@ def fits(window: tuple, dilation: int) -> bool:
 
 
 SPREAD = [(window, d) for window in WINDOWS for d in (1, 2) if fits(window, d)]
+SPREAD += [
+    (((2, 3, 3, 5), 2, 2, 1), 1),  # with ceil_mode: a window behind the input, which is left out
+    (((1, 2, 3000), 3, 2, 1), 1),  # a long axis
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,6 @@ import torch.nn.functional as TF
 from torch import Tensor, fx
 
 from . import products as P
-from . import routes as R
 from . import stages as S
 from . import structure as M
 
@@ -39,14 +38,6 @@ def _both(builder: Any, node: fx.Node, a: Any, b: Any) -> tuple[bool, bool]:
     return builder.active(a), builder.active(b)
 
 
-def operand(builder: Any, value: fx.Node, *, signed: bool = True) -> int:
-    """Slot of an operand; of a parameter, behind the stage that signs its feedback."""
-    slot: int = builder.slot(value)
-    if not signed or not builder.learned(value):
-        return slot
-    return builder.emit(R.Signed(), [slot], f"{value.name}.signed")
-
-
 # -- sums ----------------------------------------------------------------------------------------
 
 
@@ -54,21 +45,18 @@ def add(builder: Any, node: fx.Node, given: Any) -> None:
     if given.alpha != 1:
         raise builder.refuse(node, "a sum with alpha")
     copied = builder.composite.residual == "gradient"
-    _sum(builder, node, given.input, given.other, copied=copied, signed=not copied)
+    _sum(builder, node, given.input, given.other, copied=copied)
 
 
-def _sum(
-    builder: Any, node: fx.Node, a: Any, b: Any, *, copied: bool, signed: bool, minus: bool = False
-) -> None:
-    """``a + b`` or, of ``minus``, ``a - b``. A parameter is signed where shares are made."""
+def _sum(builder: Any, node: fx.Node, a: Any, b: Any, *, copied: bool, minus: bool = False) -> None:
+    """``a + b`` or, of ``minus``, ``a - b``."""
     live = _both(builder, node, a, b)
-    slots = [operand(builder, a, signed=signed)] if live[0] else []
+    slots = [builder.slot(a)] if live[0] else []
     if live[1] and minus:
-        # Negated, a parameter is an activation like others (capture_attention._subtract).
         scaled = P.Scaled("neg", builder.composite, lambda values: None)
         slots.append(builder.emit(scaled, [builder.slot(b)], f"{node.name}.minus"))
     elif live[1]:
-        slots.append(operand(builder, b, signed=signed))
+        slots.append(builder.slot(b))
     rule = builder.composite.function_rule
     if all(live):
         stage: S.Stage = P.CopiedSum() if copied else S.Sum(rule)
@@ -82,14 +70,14 @@ def _sum(
 
 
 def add_in_place(builder: Any, node: fx.Node, a: Any, b: Any) -> None:
-    """``a += b``: of parameters whole ones alone are signed (capture._add)."""
+    """``a += b``: the stage of ``a + b``, and other names of a see the sum too."""
     live = _both(builder, node, a, b)
     if a in builder.attributes or builder.learned(a) or node.kwargs.get("alpha"):
         raise builder.refuse(node, "this form of a sum in place")
     rule, copied = builder.composite.function_rule, builder.composite.residual == "gradient"
     slots = [builder.slot(a)] if live[0] else []
     if live[1]:
-        slots.append(operand(builder, b, signed=b in builder.attributes and not copied))
+        slots.append(builder.slot(b))
     if all(live):
         stage: S.Stage = P.CopiedSum() if copied else S.Sum(rule)
     else:
@@ -103,7 +91,7 @@ def subtract(builder: Any, node: fx.Node, given: Any) -> None:
     if given.alpha != 1 or not isinstance(given.input, fx.Node):
         raise builder.refuse(node, "this form of a difference")
     plain = builder.composite.mode == "plain"
-    _sum(builder, node, given.input, given.other, copied=plain, signed=not plain, minus=True)
+    _sum(builder, node, given.input, given.other, copied=plain, minus=True)
 
 
 # -- products ------------------------------------------------------------------------------------
@@ -118,8 +106,7 @@ def multiply(builder: Any, node: fx.Node, given: Any) -> None:
         stage = P.Scaled("mul", composite, builder.getter(other))
         return builder.emit_for(node, stage, [builder.slot(x)])
     if composite.mode == "plain":
-        slots = [builder.slot(a), builder.slot(b)]
-        return builder.emit_for(node, P.Product(composite, (1.0, 1.0)), slots)
+        return builder.add(node, P.Product(composite, (1.0, 1.0)), a, b)
     shares = (0.5, 0.5)
     if builder.learned(a) or builder.learned(b):
         shares = (1.0, 1.0)
@@ -127,8 +114,7 @@ def multiply(builder: Any, node: fx.Node, given: Any) -> None:
         gated = [_gated(builder, v) for v in (a, b)]
         if gated[0] != gated[1]:
             shares = (0.0, 1.0) if gated[0] else (1.0, 0.0)
-    slots = [operand(builder, a), operand(builder, b)]
-    builder.emit_for(node, P.Product(composite, shares), slots)
+    builder.add(node, P.Product(composite, shares), a, b)
 
 
 def _gated(builder: Any, value: fx.Node) -> bool:
@@ -160,10 +146,8 @@ def matmul(builder: Any, node: fx.Node, given: Any) -> None:
     live = _both(builder, node, a, b)
     learned = builder.learned(a) or builder.learned(b)
     share = 0.5 if all(live) and not learned else 1.0
-    signed = composite.mode == "attnlrp"
-    slots = [operand(builder, v, signed=signed) for v in (a, b)]
     kind = P.MatrixProduct if not equation else partial(P.Contraction, equation[0])
-    builder.emit_for(node, kind(composite, share, live), slots)
+    builder.add(node, kind(composite, share, live), a, b)
 
 
 def softmax(builder: Any, node: fx.Node, given: Any) -> None:

@@ -33,7 +33,8 @@ class Parameter(Stage):
 
 
 class Signed(Stage):
-    """A parameter, or a part of one, among activations: feedback is ``sign(w)`` times relevance."""
+    """A parameter, or a part of one, where an activation may stand: feedback is ``sign(w)`` times
+    the relevance that arrives. The builder puts it before every stage that is no view."""
 
     def keeps(self) -> set[int]:
         return {*self.inputs}

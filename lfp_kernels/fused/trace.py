@@ -66,6 +66,7 @@ class _Builder:
         # and parts of them.
         self.active_slots: set[int] = set() if time is None else {0}
         self.learned_slots: set[int] = set()
+        self.signed_slots: dict[int, int] = {}
         self.linear = composite.begins_linear(None)
         self.owners = {
             id(parameter): (name, module)
@@ -126,6 +127,8 @@ class _Builder:
 
     def emit(self, stage: S.Stage, inputs: list[int], label: str, reads: Any = ()) -> int:
         """Appends a stage; its output slot. ``inputs`` take rewards; ``reads``: others."""
+        if not stage.views and not isinstance(stage, R.Signed):
+            inputs = [self.signed(slot) for slot in inputs]
         stage.inputs, stage.label = inputs, label
         stage.reads = list(dict.fromkeys([*inputs, *reads]))
         stage.output = 1 + max([0, *(s.output for s in self.stages)])
@@ -137,6 +140,15 @@ class _Builder:
             self.learned_slots.add(stage.output)
         self.stages.append(stage)
         return stage.output
+
+    def signed(self, slot: int) -> int:
+        """The slot; of a parameter or a part of one, that of the stage that signs its feedback."""
+        part = slot in self.learned_slots and slot in self.active_slots
+        if self.composite.plain or not part:  # plain: gradients, and no relevance
+            return slot
+        if slot not in self.signed_slots:
+            self.signed_slots[slot] = self.emit(R.Signed(), [slot], f"value {slot}, signed")
+        return self.signed_slots[slot]
 
     # -- what a node of the trace is -----------------------------------------------------------
 

@@ -191,8 +191,9 @@ def _attention(builder: Any, node: fx.Node) -> None:
 def _index(builder: Any, node: fx.Node, given: Any) -> None:
     parts = given.index if isinstance(given.index, tuple) else (given.index,)
     basic = all(p is None or p is Ellipsis or isinstance(p, slice) or _is_size(p) for p in parts)
-    stage = R.Index(builder.resolver(node)) if basic else R.Moved(builder.reshaper(node))
-    builder.add(node, stage, given.input)
+    if not basic:  # a copy
+        return _move(builder, node, given)
+    builder.add(node, R.Index(builder.resolver(node)), given.input)
 
 
 def _is_size(value: Any) -> bool:
@@ -239,14 +240,15 @@ def _cast(builder: Any, node: fx.Node, given: Any) -> None:
 
 
 def _move(builder: Any, node: fx.Node, given: Any) -> None:
-    """``expand`` and its like make an activation of a parameter."""
+    """``expand`` and its like, and whatever copies, make an activation of a parameter."""
     name = C.name_of(node)
     call, slots = builder.reshaper(node), {}
     like = name in _CASTS or name == "expand_as"  # what comes second says how, not what
     for value in node.all_input_nodes[: 1 if like else None]:
         if not builder.active(value):
             continue
-        slots[value] = C.operand(builder, value, signed=name in _REPEATS)
+        slot = builder.slot(value)
+        slots[value] = slot if name in _VIEWS else builder.signed(slot)
         call.resolve.slots[value] = slots[value]
     if not slots:
         return builder.emit_for(node, M.Host(call), [])

@@ -29,9 +29,12 @@ def test_redistribute(shape, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
-@pytest.mark.parametrize("n", [5, 130])
+@pytest.mark.parametrize("n", [5, 100, 130])
 def test_update_in_place(n, spec, dtype) -> None:
-    """Both routes, one pass and two products, with every optimizer and states that are in use."""
+    """Both routes, one pass and two products, with every optimizer and states that are in use.
+
+    100 rows are one sum, which tiles of several columns share; 130 may be split.
+    """
     args = case((n,), 72, 65, dtype)
     results = []
     for backend, kind in (("native", dtype), ("reference", dtype), ("reference", torch.float64)):

@@ -10,7 +10,7 @@ from linear_cases import SPECS, case, run, updates
 
 from lfp_kernels import functional as F
 from lfp_kernels import use_backend
-from lfp_kernels.rules import DERIVATIVES, Epsilon
+from lfp_kernels.rules import DERIVATIVES, AlphaBeta, Epsilon
 from lfp_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.gpusim
@@ -72,15 +72,16 @@ def test_linear_update(shape, below) -> None:
 
 @pytest.mark.parametrize("layout", ["plain", "channels last"])
 @pytest.mark.parametrize("below", BELOW, ids=repr)
-def test_convolution(below, layout) -> None:
+@pytest.mark.parametrize("outputs, size", [(130, 3), (12, 7)])  # few channels: sums over taps too
+def test_convolution(outputs, size, below, layout) -> None:
     g = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(shape, generator=g)
 
-    geometry = F.ConvGeometry.make((3, 3), padding=(1, 1))
-    args = [draw(2, 5, 6, 5), draw(130, 5, 3, 3), draw(130), draw(2, 130, 6, 5)]
-    args.append(draw(2, 130, 6, 5))
+    geometry = F.ConvGeometry.make((size, size), padding=(size // 2, size // 2))
+    args = [draw(2, 5, 6, 5), draw(outputs, 5, size, size), draw(outputs)]
+    args += [draw(2, outputs, 6, 5), draw(2, outputs, 6, 5)]
     if layout == "channels last":
         args = list(channels_last(*args))
 
@@ -113,3 +114,20 @@ def test_operands_that_are_no_dense_tensors() -> None:
         return out, *found, *back
 
     compare(norm)
+
+
+@pytest.mark.parametrize("rule", [Epsilon(), AlphaBeta()], ids=repr)
+def test_convolution_of_no_dense_tensors(rule) -> None:
+    g = torch.Generator().manual_seed(0)
+    geometry = F.ConvGeometry.make((3, 3), padding=(1, 1))
+    weight, bias = torch.randn(4, 3, 3, 3, generator=g), torch.randn(4, generator=g)
+    x = torch.randn(2, 3, 5, 12, generator=g)[..., ::2]
+    z = F.conv(x.double(), weight.double(), bias.double(), geometry).float()
+    reward = torch.randn(2, 4, 5, 1, generator=g).expand(z.shape)
+
+    def make(backend, dtype):
+        with use_backend(backend):
+            args = (t if dtype == torch.float32 else t.to(dtype) for t in (x, weight, bias, z))
+            return F.conv_redistribute(*args, reward.to(dtype), geometry, rule)
+
+    compare(make, wide_sums=True)

@@ -44,6 +44,8 @@ class Group:
     dtypes: str = ""
 
 
-def plant(file: str, *bugs: tuple[str, str, str]) -> tuple[Mutation, ...]:
-    """The bugs (why, before, after) of one file."""
-    return tuple(Mutation(file, before, after, why) for why, before, after in bugs)
+def plant(file: str, *bugs: tuple[str, ...]) -> tuple[Mutation, ...]:
+    """The bugs (why, before, after) or (why, before, after, survives) of one file."""
+    return tuple(
+        Mutation(file, before, after, why, *survives) for why, before, after, *survives in bugs
+    )

@@ -61,7 +61,12 @@ OPERAND = plant(
     ("mask", "row < rows && col + j < cols ?", "row < rows && col + j <= cols ?"),
     ("stride", "? p[row * cols + col + j]", "? p[row * cols + col]"),
     ("alignment", "return cols % kWide<T> == 0;", "return true;"),
-    ("prologue", "out[j] = rule.signal_in ? r : rule.prologue(", "out[j] = rule.prologue("),
+    (
+        "prologue",
+        "out[j] = rule.signal_in ? r : rule.prologue(",
+        "out[j] = rule.prologue(",
+        "equivalent: RuleCall::prologue asks signal_in itself and returns r without looking at z",
+    ),
     (
         "argument",
         "raw.z = fetch_pack<T, kWidth>(z, rows,",
@@ -144,16 +149,25 @@ SIMT = plant(
     "csrc/cuda/product_simt.cuh",
     ("offset", "at(outer + j, k) = v[j];", "at(outer, k) = v[j];"),
     ("offset", "at(outer, k + j) = v[j];", "at(outer, k) = v[j];"),
+    ("stride", "(i / kRunM * kSimtSide + side) * kRunM", "(i * kSimtSide + side)"),
+    ("reduction", "for (int k = 0; k < kK; ++k) total", "for (int k = 1; k < kK; ++k) total"),
+    (
+        "bound",
+        "A value[kAlongK ? kOuter : kK][kStride];",
+        "A value[(kAlongK ? kOuter : kK) - 1][kStride];",
+    ),
+    ("accumulation", "sums[i][j] += left[i] * right[j];", "sums[i][j] = left[i] * right[j];"),
+    ("tail", "for (int k = 0; k < kTileK; ++k) {", "for (int k = 0; k < kTileK - 1; ++k) {"),
+)
+
+# Threads have several runs of a tile of 64 in float64 only.
+SIMT_RUNS = plant(
+    "csrc/cuda/product_simt.cuh",
     (
         "stride",
         "const int outer = (r * kSimtSide + side) * kRun;",
         "const int outer = (side * kRuns + r) * kRun;",
     ),
-    ("stride", "(i / kRunM * kSimtSide + side) * kRunM", "(i * kSimtSide + side)"),
-    ("reduction", "for (int k = 0; k < kK; ++k) total", "for (int k = 1; k < kK; ++k) total"),
-    ("bound", "A value[kAlongK ? kOuter : kK][kStride];", "A value[kK][kStride];"),
-    ("accumulation", "sums[i][j] += left[i] * right[j];", "sums[i][j] = left[i] * right[j];"),
-    ("tail", "for (int k = 0; k < kTileK; ++k) {", "for (int k = 0; k < kTileK - 1; ++k) {"),
 )
 
 MMA = plant(
@@ -257,6 +271,7 @@ GROUPS = (
     # One simulated processor: blocks then go down several tiles of rows.
     Group(f"--processors 1 {FLOAT32}", ONE_PASS + HOST, BUILT, "Float"),
     Group(FLOAT32, OPERAND + EPILOGUE + RULE_CALL + PRODUCT + SIMT, BUILT, "Float"),
+    Group(f"{TILES} -k float64", SIMT_RUNS, BUILT, "Double"),
     Group(f"{TILES} -k bfloat16", MMA, BUILT, "BFloat16"),
     Group(f"{TILES} -k 'float16 and not bfloat16'", TF32, BUILT, "Half"),
     Group(

@@ -111,7 +111,13 @@ UPDATE = plant(
     ("argument", "= batch.hyper[s.hyper];", "= batch.hyper[0];"),
     ("launch", "    if (find(item.hyper) < 0 && batch_.hypers == batch_.kHypers) launch();\n", ""),
     ("launch", "    hypers_.clear();\n", ""),
-    ("offset", "hypers_.clear();\n    blocks_ = 0;", "hypers_.clear();"),
+    (
+        "offset",
+        "hypers_.clear();\n    blocks_ = 0;",
+        "hypers_.clear();",
+        "speed only: the next launch has idle blocks in front of its first segment; their unsigned "
+        "distance to it is near 2^32 chunks, which no tensor has, so their range is empty",
+    ),
     ("offset", "        next += blocks;\n", ""),
     ("accumulation", "sum += double(v[k]) * double(v[k]);", "sum += double(v[k] * v[k]);"),
     (
@@ -250,8 +256,8 @@ GROUPS = (
         "Float Double",
     ),
     Group(
-        f"{EDGES} tests/test_update.py -k '(many_tensors or mixed_codes or global_norm) and not "
-        "beyond and not reference'",
+        f"{EDGES} tests/test_update.py tests/test_optim.py -k '(many_tensors or mixed_codes or "
+        "global_norm or steps_like_torch) and not beyond and not reference'",
         UPDATE + COMMON,
         "update.cu",
     ),
@@ -262,8 +268,8 @@ GROUPS = (
         "Float",
     ),
     Group(
-        f"{EDGES} tests/test_rewards.py -k '(wide_rows or spikes or ties or (budget and float32))"
-        " and not reference'",
+        f"{EDGES} tests/test_rewards.py -k '(wide_rows or spikes or ties or (budget and dtype1))"
+        " and not reference'",  # dtype1: float32
         REWARD,
         "reward.cu",
         "Float Double",

@@ -80,7 +80,7 @@ MAX = plant(
     (
         "bound",
         "call.window.begin(0, region.end - 1) + call.window.extent(0)",
-        "call.window.begin(0, region.end - 1) + 1",
+        "call.window.begin(0, region.end - 1) + int64_t(1)",
     ),
     ("shared-memory opt-in", "  allow_shared(kernel, shared);\n", ""),
     (

@@ -40,7 +40,13 @@ PRODUCT = plant(
         "split = program // (tiles_m * tiles_n)",
         "split = program // (tiles_m * tiles_n) * 0",
     ),
-    ("split", "return blocks(k, self.splits * self.k) * self.k", "return blocks(k, self.splits)"),
+    (
+        "split",
+        "return blocks(k, self.splits * self.k) * self.k",
+        "return blocks(k, self.splits)",
+        "speed only: the parts cover k as before, and the kernels mask the end of a part that is "
+        "no whole number of blocks",
+    ),
     ("accumulation", "return total + a.to(operand)", "return a.to(operand)"),
     (
         "rounding",
@@ -83,11 +89,21 @@ LINEAR = plant(
         "store(out_ptr + split * rows + offset, total, inside)",
     ),
     ("stride", "w_step = K * tl.cast(w_row, tl.int64)\n    total", "w_step = K\n    total"),
-    ("mask", "if BIAS and n == 0:", "if BIAS and n <= 1:"),
+    (
+        "mask",
+        "if BIAS and n == 0:",
+        "if BIAS and n <= 1:",
+        "speed only: the second column of tiles has the same sums, and stores the same bits",
+    ),
     ("reduction", "            sums += s\n", "            sums = s\n"),
     ("offset", "at = bias_sums_ptr + split * outputs + output", "at = bias_sums_ptr + output"),
     ("barrier", "        tl.debug_barrier()  # every thread has read the tile of W\n", ""),
-    ("mask", "        if BIAS and tl.program_id(0) % strips == 0:", "        if BIAS:"),
+    (
+        "mask",
+        "        if BIAS and tl.program_id(0) % strips == 0:",
+        "        if BIAS:",
+        "speed only: every strip of inputs has the same sums, and stores the same bits",
+    ),
     (
         "offset",
         "partial_ptr + (split * rows + row) * inputs + column",
@@ -146,6 +162,8 @@ ACTIVATION = plant(
         "launch",
         "blocks(y.numel()), y, x",
         "y.numel() // BLOCK + 1, y, x.t() if x.dim() == 2 else x",
+        "equivalent: a kernel gets the address of x, which its transposed view shares, and one "
+        "program more than needed has nothing inside its mask",
     ),
 )
 

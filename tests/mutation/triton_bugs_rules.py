@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import Group, plant
 
 RULES = "tests/gpusim_ops/test_rules_triton.py"
+SUMS = "tests/gpusim_ops/test_split_sums.py"
 OPS = "lfp_kernels/ops"
 
 SPLIT = plant(
@@ -39,8 +40,9 @@ WINDOW = plant(
 
 GROUPS = (
     Group(
-        f"{RULES} -k 'every_kind or convolution_update or (test_convolution and not many) or "
-        "test_linear_update or (float64 and test_linear)'",
+        f"{RULES} {SUMS} -k 'every_kind or convolution_update or (test_rules_triton and "
+        "test_convolution and not many) or no_dense or (test_rules_triton and test_linear_update) "
+        "or (float64 and test_linear)'",
         SPLIT + CONV + WINDOW,
     ),
 )

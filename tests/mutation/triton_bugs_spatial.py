@@ -191,8 +191,8 @@ GROUPS = (
     ),
     Group(
         "tests/gpusim_ops/test_conv_edges.py tests/gpusim_ops/test_split_sums.py "
-        "tests/test_conv.py -k 'edges or test_convolution or float32 and not opcheck and not "
-        "reference'",
+        "tests/test_conv.py -k '(edges or test_convolution or float32 or non_contiguous) and not "
+        "opcheck and not reference'",
         CONV + CONV_HOST,
     ),
 )
