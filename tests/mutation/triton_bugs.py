@@ -44,8 +44,8 @@ PRODUCT = plant(
         "split",
         "return blocks(k, self.splits * self.k) * self.k",
         "return blocks(k, self.splits)",
-        "speed only: the parts cover k as before, and the kernels mask the end of a part that is "
-        "no whole number of blocks",
+        "speed and rounding only: the parts cover k as before, cut elsewhere, and the kernels mask "
+        "the end of a part that is no whole number of blocks",
     ),
     ("accumulation", "return total + a.to(operand)", "return a.to(operand)"),
     (
@@ -97,7 +97,13 @@ LINEAR = plant(
     ),
     ("reduction", "            sums += s\n", "            sums = s\n"),
     ("offset", "at = bias_sums_ptr + split * outputs + output", "at = bias_sums_ptr + output"),
-    ("barrier", "        tl.debug_barrier()  # every thread has read the tile of W\n", ""),
+    (
+        "barrier",
+        "        tl.debug_barrier()  # every thread has read the tile of W\n",
+        "",
+        "equivalent as compiled: between the loads of W and the stores the PTX of every mode has "
+        "the barriers with which tl.dot shares W among the warps; the source must not rely on them",
+    ),
     (
         "mask",
         "        if BIAS and tl.program_id(0) % strips == 0:",

@@ -22,6 +22,8 @@ BATCH_NORM = plant(
         "barrier",
         "        tl.debug_barrier()  # every thread has read what one of them writes\n",
         "",
+        "equivalent as compiled: the PTX has the barriers of the sums over 128 parts by four warps "
+        "between the loads and the stores; the source must not rely on them",
     ),
     ("state", "(1 - momentum) * old_mean", "old_mean"),
     ("factor", "momentum * (var * unbias)", "momentum * var"),
