@@ -158,24 +158,19 @@ class TakeApart(Stage):
     def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
         super().__init__()
         self.name, self.arguments = name, arguments
-        default = 0
-        place = 0 if name == "unbind" else 1
-        self.dim = arguments[place] if len(arguments) > place else default
 
     def forward(self, run: Run) -> Any:
         x = run.values[self.inputs[0]]
-        parts = getattr(x, self.name)(*self.arguments)
-        run.aside[self.index] = [p.shape for p in parts]
-        return parts
+        run.aside[self.index] = torch.empty_strided(x.shape, x.stride(), device="meta")
+        return getattr(x, self.name)(*self.arguments)
 
     def redistribute(self, run: Run, reward: Any) -> tuple[Tensor | None, ...]:
-        shapes = run.aside[self.index]
         like = next(iter(reward.parts.values()))
-        parts = [reward.parts.get(i, None) for i in range(len(shapes))]
-        full = [like.new_zeros(s) if p is None else p for p, s in zip(parts, shapes)]
-        if self.name == "unbind":
-            return (torch.stack(full, self.dim),)
-        return (torch.cat(full, self.dim),)
+        # laid out as the value was, so that what made it views (heads of a projection) undoes them
+        whole = torch.empty_like(run.aside[self.index], dtype=like.dtype, device=like.device)
+        for i, part in enumerate(getattr(whole, self.name)(*self.arguments)):
+            part.copy_(reward.parts[i]) if i in reward.parts else part.zero_()
+        return (whole,)
 
 
 class Item(Stage):
