@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +137,16 @@ class Attention(Stage):
         return f"{type(self).__name__}, {self.composite.mode}"
 
 
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether every element of the memory spanned belongs to one element of the tensor."""
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(stride, shape) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
 class Part:
     """The reward of one part of a tensor that was taken apart; adding collects."""
 
@@ -161,13 +171,15 @@ class TakeApart(Stage):
 
     def forward(self, run: Run) -> Any:
         x = run.values[self.inputs[0]]
-        run.aside[self.index] = torch.empty_strided(x.shape, x.stride(), device="meta")
+        run.aside[self.index] = (x.shape, x.stride())
         return getattr(x, self.name)(*self.arguments)
 
     def redistribute(self, run: Run, reward: Any) -> tuple[Tensor | None, ...]:
         like = next(iter(reward.parts.values()))
         # laid out as the value was, so that what made it views (heads of a projection) undoes them
-        whole = torch.empty_like(run.aside[self.index], dtype=like.dtype, device=like.device)
+        shape, stride = run.aside[self.index]
+        dense = is_dense(shape, stride)
+        whole = like.new_empty_strided(shape, stride) if dense else like.new_empty(shape)
         for i, part in enumerate(getattr(whole, self.name)(*self.arguments)):
             part.copy_(reward.parts[i]) if i in reward.parts else part.zero_()
         return (whole,)
