@@ -124,7 +124,8 @@ def _add(at: Attachment, input: Any, other: Any, *, alpha: Any = 1, in_place: bo
     if not isinstance(other, Tensor):
         other = torch.as_tensor(other, dtype=input.dtype, device=input.device)
     if alpha != 1:
-        other = other * alpha
+        multiply = at.composite.handlers().get(torch.mul, TABLE[torch.mul])
+        other = multiply(at, other, alpha)
     if swap:
         input, other = other, input
     other = other.to(input.dtype) if other.dtype != input.dtype else other

@@ -257,3 +257,21 @@ def test_parameters_of_calls_without_a_rule(mode):
     composite = composites.Transformer(mode, eps=EPS, default="gradient")
     relevance, found = of_the_value(lambda m, w, a: a + torch.exp(w), composite)
     torch.testing.assert_close(found, rand(1, 4, 6, seed=4).sign() * relevance)
+
+
+@pytest.mark.parametrize(
+    "composite",
+    [composites.Epsilon(EPS), *(composites.Transformer(m, EPS) for m in ("attnlrp", "plain"))],
+    ids=["epsilon", "attnlrp", "plain"],
+)
+def test_alpha_of_a_sum_is_a_product(composite):
+    x = rand(2, 4, 6)
+    written = [
+        lambda m, a, b: torch.add(a, b, alpha=-2.0),
+        lambda m, a, b: a.add(b, alpha=-2.0),
+        lambda m, a, b: a + -2.0 * b,
+    ]
+    *found, expected = (feedback(Calls(f).double(), composite, x) for f in written)
+    for one in found:
+        close(one, expected)
+    assert (expected["b.weight"] != 0).any()
