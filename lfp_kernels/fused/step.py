@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import rewards
 from ..composites import Composite, check_finite
+from ..heap import HEAP
 from ..optim import SGD, AdamW, BoundOptimizer
-from .heap import Heap
 from .plan import Plan
 from .reduce import Buckets, check_group
 from .stages import Run
@@ -54,7 +54,6 @@ class FusedStep:
         if not parameters:
             raise ValueError("fuse: model: expected a trainable parameter, got none")
         self._plan = self._make_plan()
-        self._heap = Heap()
         if isinstance(optimizer, BoundOptimizer):
             self.optimizer = optimizer
         else:
@@ -112,7 +111,7 @@ class FusedStep:
         plan.redistribute(run, reward)
         updates.finish()
         if x.device.type == "cpu":
-            self._heap.step()
+            HEAP.step()
         return StepResult(out, reward)
 
     def _check_input(self, x: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Gives memory that glibc keeps without use back to the system.
 
-A fused step frees as it walks, and glibc cannot always use a freed aligned block for an equal
+A step frees as it walks, and glibc cannot always use a freed aligned block for an equal
 request (bug 14581; the small blocks between that oneDNN asks for make it the rule). The heap then
 grows step by step while what is in use stays the same (docs/performance.md, A small GPT).
 """
@@ -44,7 +44,7 @@ def heap_bytes() -> tuple[int, int]:
 
 
 class Heap:
-    """Call :meth:`step` after every step."""
+    """Call :meth:`step` after every step on the CPU, fused or drop-in."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -59,3 +59,6 @@ class Heap:
         if free > 2 * used + SLACK:
             _LIBRARY.malloc_trim(0)
             self.trims += 1
+
+
+HEAP = Heap()
