@@ -154,8 +154,8 @@ CUDA_GROUPS = (
 )  # fmt: skip
 TRITON_GROUPS = (
     Group(
-        f"{TESTS} -k '(float32 or masks_that or (float16 and (oracle or layouts))) and not "
-        "reference and not compiles and not wide_heads and not bytes'",
+        f"{TESTS} -k '(float32 or views or masks_that or (float16 and (oracle or layouts))) and "
+        "not reference and not compiles and not wide_heads and not bytes'",
         TRITON + TRITON_HOST,
     ),
 )
