@@ -62,11 +62,11 @@ def split(text: bytes) -> Text:
 
 
 class Block(nn.Module):
-    """Norm, causal attention, sum; norm, two layers with GELU between them, sum."""
+    """Norm, attention, sum; norm, two layers with GELU between them, sum."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -74,7 +74,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = TF.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = TF.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(y.transpose(1, 2).flatten(-2))
         return x + self.down(TF.gelu(self.up(self.norm2(x))))
 

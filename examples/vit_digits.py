@@ -25,6 +25,7 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 
 import lfp_kernels
+from examples.gpt import Block
 from examples.results import Section, spread, text_table, write_page
 from lfp_kernels import composites, rewards
 from lfp_kernels.app import AppError, plots
@@ -39,24 +40,6 @@ VALIDATION, TEST = 300, 400
 Batch = tuple[tuple[Tensor, ...], Tensor]  # what the model is called with, labels [N]
 
 
-class Block(nn.Module):
-    """Norm, attention, sum; norm, two layers with GELU between them, sum."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = TF.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(y.transpose(1, 2).flatten(-2))
-        return x + self.down(TF.gelu(self.up(self.norm2(x))))
-
-
 class ViT(nn.Module):
     """[N, 1, 8, 8] images -> [N, 10] logits, from the class token."""
 
@@ -67,7 +50,7 @@ class ViT(nn.Module):
         self.patches = nn.Conv2d(1, width, patch, stride=patch)
         self.first = nn.Parameter(0.1 * torch.randn(1, 1, width))
         self.positions = nn.Parameter(0.1 * torch.randn(1, 1 + (SIZE // patch) ** 2, width))
-        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
+        self.blocks = nn.ModuleList([Block(width, heads, causal=False) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, CLASSES)
 

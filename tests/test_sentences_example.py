@@ -30,7 +30,7 @@ class Encoder(nn.Module):
     def __init__(self, width=16):
         super().__init__()
         torch.manual_seed(1)
-        self.tokens, self.block = nn.Embedding(30, width), vit_digits.Block(width, 2)
+        self.tokens, self.block = nn.Embedding(30, width), vit_digits.Block(width, 2, causal=False)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, input_ids, attention_mask):
