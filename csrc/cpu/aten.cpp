@@ -1,7 +1,20 @@
 #include "aten.h"
 
 #include <array>
-#include <string>
+
+// oneDNN's products by torch's C interface, not by the dispatcher: torch 2.13 loses 48 bytes at
+// every string that is handed to that, which lie between the tensors and keep the heap from being
+// reused. Weak: null in a build of torch without oneDNN.
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* activation,
+    const double** scalars, int64_t scalar_count, const char** algorithm, AtenTensorHandle* out);
+__attribute__((weak)) AOTITorchError aoti_torch_cpu_mkldnn__convolution_pointwise(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const int64_t* padding,
+    int64_t padding_count, const int64_t* stride, int64_t stride_count, const int64_t* dilation,
+    int64_t dilation_count, int64_t groups, const char* activation, const double** scalars,
+    int64_t scalar_count, const char** algorithm, AtenTensorHandle* out);
+}
 
 namespace lfp::cpu {
 namespace {
@@ -13,38 +26,29 @@ constexpr int64_t kSmallProduct = 1 << 18;  // multiply-adds
 
 Tensor onednn_linear(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias,
                      bool relu) {
-  std::array<StableIValue, 6> stack{from(a),
-                                    from(b),
-                                    from(bias),
-                                    from(std::string(relu ? "relu" : "none")),
-                                    from(std::vector<std::optional<double>>{}),
-                                    from(std::optional<std::string>(""))};
+  AtenTensorHandle bias_handle = bias ? bias->get() : nullptr, out = nullptr;
   TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
+      aoti_torch_cpu__linear_pointwise(a.get(), b.get(), bias ? &bias_handle : nullptr,
+                                       relu ? "relu" : "none", nullptr, 0, nullptr, &out));
+  return Tensor(out);
 }
 
 // Convolution with bias and ReLU in one pass over z.
 Tensor onednn_convolution_relu(const Tensor& x, const Tensor& weight,
                                const std::optional<Tensor>& bias, const ConvGeometry& g) {
-  std::array<StableIValue, 10> stack{from(x),
-                                     from(weight),
-                                     from(bias),
-                                     from(g.padding),
-                                     from(g.stride),
-                                     from(g.dilation),
-                                     from(g.groups),
-                                     from(std::string("relu")),
-                                     from(std::vector<std::optional<double>>{}),
-                                     from(std::optional<std::string>(""))};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("mkldnn::_convolution_pointwise", "", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
+  AtenTensorHandle bias_handle = bias ? bias->get() : nullptr, out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mkldnn__convolution_pointwise(
+      x.get(), weight.get(), bias ? &bias_handle : nullptr, g.padding.data(), g.padding.size(),
+      g.stride.data(), g.stride.size(), g.dilation.data(), g.dilation.size(), g.groups, "relu",
+      nullptr, 0, nullptr, &out));
+  return Tensor(out);
 }
 
 // oneDNN's AVX-512 and AMX products run at full width on every vendor's processors; MKL, behind
 // aten::mm, takes a narrower path on some. A build of torch without oneDNN keeps aten.
 bool probe_onednn() {
+  if (!aoti_torch_cpu__linear_pointwise || !aoti_torch_cpu_mkldnn__convolution_pointwise)
+    return false;
   try {
     const Tensor a = torch::stable::full({1, 1}, 1.0, ScalarType::Float, std::nullopt,
                                          torch::stable::Device(torch::headeronly::DeviceType::CPU));

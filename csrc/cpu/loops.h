@@ -19,6 +19,12 @@ namespace lfp::cpu {
 constexpr int64_t kGrain = 32768;
 constexpr int64_t kProductGrain = 1 << 21;
 
+// A vector of the compiler's, that may lie anywhere.
+template <class A, int64_t kBytes>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kBytes), aligned(sizeof(A)), may_alias));
+};
+
 template <class T>
 LFP_HD Acc<T> load(const T* p, int64_t i) {
   return static_cast<Acc<T>>(p[i]);

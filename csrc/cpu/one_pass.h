@@ -17,15 +17,20 @@
 
 namespace lfp::cpu {
 
-constexpr int64_t kOnePassBatch = 40;  // largest batch at which memory, not arithmetic, decides
-
-inline bool one_pass_pays(int64_t n, int64_t in, int64_t out) {
+// Whether this processor runs what is marked LFP_V4.
+inline bool has_wide_vectors() {
 #if LFP_ONE_PASS
   static const bool wide = __builtin_cpu_supports("x86-64-v4");
-  return wide && n > 0 && n <= kOnePassBatch && in * out >= kProductGrain;
+  return wide;
 #else
   return false;
 #endif
+}
+
+constexpr int64_t kOnePassBatch = 40;  // largest batch at which memory, not arithmetic, decides
+
+inline bool one_pass_pays(int64_t n, int64_t in, int64_t out) {
+  return has_wide_vectors() && n > 0 && n <= kOnePassBatch && in * out >= kProductGrain;
 }
 
 #if LFP_ONE_PASS

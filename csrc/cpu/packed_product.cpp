@@ -4,7 +4,7 @@
 #include <memory>
 #include <new>
 
-#include "one_pass.h"
+#include "small_product.h"
 
 namespace lfp::cpu {
 namespace {
@@ -26,32 +26,11 @@ Scratch<A> scratch(int64_t elements) {
   return Scratch<A>(static_cast<A*>(::operator new(elements * sizeof(A), std::align_val_t(64))));
 }
 
-// c[R][two vectors] += a[R][depth] b[depth][two vectors], sums in registers.
+// c[R][two vectors] += a[R][depth] b[depth][two vectors]
 template <class Vector, int64_t R, class A>
 LFP_HD void accumulate(const A* a, const A* b, int64_t depth, A* c, int64_t stride) {
-  constexpr int64_t lanes = sizeof(Vector) / sizeof(A);
-  Vector sum[R][2] = {};
-  for (int64_t k = 0; k < depth; ++k, b += kPanelColumns<A>) {
-    const Vector left = *reinterpret_cast<const Vector*>(b);
-    const Vector right = *reinterpret_cast<const Vector*>(b + lanes);
-#pragma GCC unroll 12
-    for (int64_t r = 0; r < R; ++r) {
-      const A factor = a[r * kPanelStride + k];
-      sum[r][0] += factor * left;
-      sum[r][1] += factor * right;
-    }
-  }
-#pragma GCC unroll 12
-  for (int64_t r = 0; r < R; ++r) {
-    *reinterpret_cast<Vector*>(c + r * stride) += sum[r][0];
-    *reinterpret_cast<Vector*>(c + r * stride + lanes) += sum[r][1];
-  }
+  multiply_rows<Vector, R>(a, kPanelStride, 1, b, kPanelColumns<A>, depth, c, stride, true);
 }
-
-template <class A, int64_t kBytes>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(kBytes), aligned(sizeof(A)), may_alias));
-};
 
 // Four rows and two vectors of 32 bytes at a time: what 16 registers hold.
 template <class A>
@@ -72,8 +51,7 @@ LFP_V4 void multiply_v4(const A* a, const A* b, int64_t depth, A* c, int64_t str
 template <class A>
 auto multiply_of_this_processor() {
 #if LFP_ONE_PASS
-  static const bool wide = __builtin_cpu_supports("x86-64-v4");
-  if (wide) return multiply_v4<A>;
+  if (has_wide_vectors()) return multiply_v4<A>;
 #endif
   return multiply_portable<A>;
 }

@@ -21,28 +21,29 @@ struct Block {
   int64_t row, depth;  // strides
 };
 
-template <class A, int64_t kBytes>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(kBytes), aligned(sizeof(A)), may_alias));
-};
-
 // R rows and two vectors of c, sums in registers.
 template <class Vector, int64_t R, class A>
 LFP_HD void multiply_rows(const A* a, int64_t row, int64_t step, const A* b, int64_t b_row,
                           int64_t depth, A* c, int64_t c_row, bool add) {
   constexpr int64_t lanes = sizeof(Vector) / sizeof(A);
   Vector sum[R][2] = {};
+  if (add)  // c is needed at the end, and b and a fill the nearest cache until then
+#pragma GCC unroll 12
+    for (int64_t r = 0; r < R; ++r) {
+      __builtin_prefetch(c + r * c_row, 1, 3);
+      __builtin_prefetch(c + r * c_row + lanes, 1, 3);
+    }
   for (int64_t k = 0; k < depth; ++k, a += step, b += b_row) {
     const Vector left = *reinterpret_cast<const Vector*>(b);
     const Vector right = *reinterpret_cast<const Vector*>(b + lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int64_t r = 0; r < R; ++r) {
       const A factor = a[r * row];
       sum[r][0] += factor * left;
       sum[r][1] += factor * right;
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int64_t r = 0; r < R; ++r) {
     Vector* to = reinterpret_cast<Vector*>(c + r * c_row);
     Vector* next = reinterpret_cast<Vector*>(c + r * c_row + lanes);
@@ -94,8 +95,7 @@ using SmallProduct = void (*)(Block<const A>, int64_t, const A*, int64_t, int64_
 template <class A>
 SmallProduct<A> small_product() {
 #if LFP_ONE_PASS
-  static const bool wide = __builtin_cpu_supports("x86-64-v4");
-  if (wide) return small_product_v4<A>;
+  if (has_wide_vectors()) return small_product_v4<A>;
 #endif
   return small_product_portable<A>;
 }

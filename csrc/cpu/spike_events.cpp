@@ -11,11 +11,6 @@ namespace {
 
 #define LFP_INLINE __attribute__((always_inline))
 
-template <class A, int64_t kBytes>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(kBytes), aligned(sizeof(A)), may_alias));
-};
-
 template <class V, class A>
 LFP_HD const V& get(const A* p) {
   return *reinterpret_cast<const V*>(p);

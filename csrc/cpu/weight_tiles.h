@@ -3,7 +3,7 @@
 #pragma once
 
 #include "aten.h"
-#include "loops.h"
+#include "long_product.h"
 
 namespace lfp::cpu {
 
@@ -11,6 +11,7 @@ namespace lfp::cpu {
 // its feedback is never held whole, down to tiles not worth a call.
 constexpr int64_t kLargestTile = 1 << 18;
 constexpr int64_t kSmallestTile = 1 << 16;
+constexpr int64_t kSmallestLongTile = 1 << 17;  // x is packed again for each tile
 constexpr int64_t kTransposeBlock = 16;
 
 // out[rows,N] = transpose of s[N, begin : begin+rows]: whole cache lines are written, since a line
@@ -26,23 +27,31 @@ LFP_CLONES void transpose_columns(const P* s, P* out, int64_t n, int64_t stride,
   }
 }
 
-// visit(first row, rows, tile) for tiles [rows, I] of s^T x, spread over the threads, after
-// form(first row, rows, columns) has written columns [rows, N] of s^T. An empty batch has zero
-// tiles and forms nothing: weight decay and momentum still act.
-template <class P, class Form, class Visit>
-void weight_tiles(const Tensor& x, int64_t out, Form form, Visit visit) {
-  const int64_t n = x.size(0), in = x.size(1);
+// body(first tile, last tile, rows of a tile): the tiles of a weight [out, in], shared among the
+// threads, of at least `smallest` elements where the weight has that many.
+template <class Body>
+void cut_weight(int64_t n, int64_t in, int64_t out, int64_t smallest, Body body) {
   if (in == 0 || out == 0) return;
   const int64_t work = std::max<int64_t>(n, 8) * in * out;
   const int64_t threads =
       std::clamp<int64_t>(work / kProductGrain, 1, torch::stable::get_num_threads());
   const int64_t share = (out + threads - 1) / threads;
   // Every thread gets the same number of tiles, of one height.
-  const int64_t target = std::clamp(share * in / 4, kSmallestTile, kLargestTile);
+  const int64_t target = std::clamp(share * in / 4, smallest, kLargestTile);
   const int64_t each = std::max<int64_t>(1, (share * in + target / 2) / target);
   const int64_t rows = std::max<int64_t>((share + each - 1) / each, std::min<int64_t>(share, 16));
   const int64_t tiles = (out + rows - 1) / rows;
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, tiles, 1,
+                              [&](int64_t first, int64_t last) { body(first, last, rows); });
+}
+
+// visit(first row, rows, tile) for tiles [rows, I] of s^T x, spread over the threads, after
+// form(first row, rows, columns) has written columns [rows, N] of s^T. An empty batch has zero
+// tiles and forms nothing: weight decay and momentum still act.
+template <class P, class Form, class Visit>
+void weight_tiles(const Tensor& x, int64_t out, Form form, Visit visit) {
+  const int64_t n = x.size(0), in = x.size(1);
+  cut_weight(n, in, out, kSmallestTile, [&](int64_t first, int64_t last, int64_t rows) {
     const std::vector<P> zeros(n == 0 ? rows * in : 0, P(0));
     std::vector<P> columns(rows * n);
     for (int64_t t = first; t < last; ++t) {
@@ -81,6 +90,16 @@ template <class P, class Visit>
 void signal_tiles(const Tensor& s, const Tensor& x, double* sums, Visit visit) {
   const int64_t n = s.size(0), out = s.size(1);
   const P* from = data<P>(s);
+  if constexpr (std::is_same_v<P, float> || std::is_same_v<P, double>)
+    if (long_product_pays(n))
+      return cut_weight(
+          n, x.size(1), out, kSmallestLongTile, [&](int64_t first, int64_t last, int64_t rows) {
+            LongProduct<P> product(s, x, rows);
+            for (int64_t begin = first * rows; begin < std::min(out, last * rows); begin += rows) {
+              const int64_t count = std::min(rows, out - begin);
+              visit(begin, count, product.tile(begin, count, sums ? sums + begin : nullptr));
+            }
+          });
   weight_tiles<P>(
       x, out,
       [=](int64_t begin, int64_t rows, P* columns) {

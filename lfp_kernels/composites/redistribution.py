@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..heap import HEAP
-
 
 def backward(out: Tensor, reward: Tensor) -> None:
     """Redistribute ``reward`` from ``out`` back through the attached model that made it.
@@ -48,8 +46,6 @@ def backward(out: Tensor, reward: Tensor) -> None:
             "composite.context(model), got a tensor that no rule takes part in"
         )
     torch.autograd.backward(out, -reward.detach())
-    if out.device.type == "cpu":
-        HEAP.step()
 
 
 def check_finite(op: str, reward: Tensor) -> None:

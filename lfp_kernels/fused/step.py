@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import rewards
 from ..composites import Composite, check_finite
-from ..heap import HEAP
 from ..optim import SGD, AdamW, BoundOptimizer
 from .plan import Plan
 from .reduce import Buckets, check_group
@@ -110,8 +109,6 @@ class FusedStep:
         self.composite.begin(out, y, reward)
         plan.redistribute(run, reward)
         updates.finish()
-        if x.device.type == "cpu":
-            HEAP.step()
         return StepResult(out, reward)
 
     def _check_input(self, x: Tensor) -> None:
