@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,11 +106,19 @@ def _compile(source: Path, arch: str, flags: Sequence[str]) -> Path:
     dependencies = new.with_suffix(".d")
     extra = ["-x", "cu"] if source.suffix == ".cu" else []
     compiler = [toolkit.nvcc(), *command, "-ccbin", store.compiler(), *extra]
+    started = time.time()
     try:
         store.run([*compiler, "-MD", "-MF", dependencies, "-c", source, "-o", new])
-        files = {name: store.digest(Path(name)) for name in _dependencies(dependencies)}
+        read = _dependencies(dependencies)
+        files = {name: store.digest(Path(name)) for name in read}
     finally:
         dependencies.unlink(missing_ok=True)
+    # What was edited meanwhile is not what was compiled: an object under its hash would be wrong
+    # for ever.
+    edited = [name for name in read if Path(name).stat().st_ctime > started]
+    if edited:
+        new.unlink()
+        raise store.BuildError(f"{source}: edited while it was compiled: {', '.join(edited)}")
     final = new.with_name(f"{source.stem}-{store.digest(base, json.dumps(files))}.o")
     store.publish(new, final)
     text = store.temporary(manifest)

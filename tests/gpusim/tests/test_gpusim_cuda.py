@@ -206,6 +206,26 @@ def test_build_is_cached_by_content(tmp_path: Path) -> None:
     assert results[0][0] == results[1][0] == results[3][0] != results[2][0]
 
 
+def test_edited_while_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object must not be kept under the contents of a file that it was not made of."""
+    require_nvcc()
+    source = tmp_path / "edited.cu"
+    source.write_text('extern "C" int value() { return 1; }\n')
+    run = cache.run
+
+    def edit_behind(command, **options):
+        said = run(command, **options)
+        if source in command:
+            source.write_text('extern "C" int value() { return 2; }\n')
+        return said
+
+    with monkeypatch.context() as patch, pytest.raises(cache.BuildError, match="edited while"):
+        patch.setattr(cache, "run", edit_behind)
+        cuda.build([source], name="edited", torch=False)
+    path = cuda.build([source], name="edited", torch=False)
+    assert ctypes.CDLL(str(path)).value() == 2
+
+
 def test_compile_error_is_shown(tmp_path: Path) -> None:
     require_nvcc()
     source = tmp_path / "broken.cu"
