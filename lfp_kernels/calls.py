@@ -174,4 +174,7 @@ _STRUCTURAL_NAMES = (
     "alpha_dropout", "feature_dropout", "identity", "max_pool1d", "max_pool2d", "max_pool3d",
     "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "amax", "maximum",
 )  # fmt: skip
-STRUCTURAL: dict[Any, None] = dict.fromkeys(_functions(*_STRUCTURAL_NAMES))
+_TRANSPOSES = (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH)  # attributes
+STRUCTURAL: dict[Any, None] = dict.fromkeys(
+    [*_functions(*_STRUCTURAL_NAMES), *(a.__get__ for a in _TRANSPOSES)]  # type: ignore[attr-defined]
+)

@@ -55,9 +55,10 @@ def _einsum(at: Attachment, equation: str, *operands: Any) -> Tensor:
 
 
 def _baddbmm(
-    at: Attachment, input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Tensor:
-    z = _product(at, lambda x, y: alpha * torch.bmm(x, y), a, b)
+    at: Attachment, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1,
+    alpha: float = 1,
+) -> Tensor:  # fmt: skip
+    z = _product(at, lambda x, y: alpha * torch.bmm(x, y), batch1, batch2)
     return z if beta == 0 else TABLE[torch.add](at, z, beta * owned(input))
 
 
@@ -230,15 +231,14 @@ def _embedding(
     return R.EmbeddingReward.apply(weight, input, padding_idx, sparse, _of(at).eps)
 
 
-def _addmm(at: Attachment, input: Tensor, x: Tensor, weight: Tensor, **scale: Any) -> Tensor:
+def _addmm(at: Attachment, input: Tensor, mat1: Tensor, mat2: Tensor, **scale: Any) -> Tensor:
     """A linear layer that keeps its weight as [I, O] (GPT-2's Conv1D)."""
     if any(value != 1 for value in scale.values()):
-        at.left_out(torch.addmm, (input, x, weight), {})
-        return torch.addmm(input, x, weight, **scale)
-    layer = at.rule_of_weight(weight)
-    return autograd.LinearReward.apply(
-        owned(x), relevant(weight).t(), relevant(input), layer.matrix, layer, at.product_dtype(x)
-    )
+        at.left_out(torch.addmm, (input, mat1, mat2), {})
+        return torch.addmm(input, mat1, mat2, **scale)
+    layer, product = at.rule_of_weight(mat2), at.product_dtype(mat1)
+    weight, bias = relevant(mat2).t(), relevant(input)
+    return autograd.LinearReward.apply(owned(mat1), weight, bias, layer.matrix, layer, product)
 
 
 def _add(at: Attachment, input: Any, other: Any, *, alpha: Any = 1) -> Any:
@@ -301,7 +301,7 @@ _ROUTES: tuple[Any, ...] = (
 
 def _shared() -> dict[Any, Handler]:
     table: dict[Any, Handler] = {
-        TF.embedding: signed(_embedding, "input"), torch.addmm: _addmm,
+        TF.embedding: signed(_embedding, "input"), torch.addmm: _addmm, Tensor.addmm: _addmm,
         TF.multi_head_attention_forward: signed(_multi_head, "query", "key", "value"),
         TF.scaled_dot_product_attention: _attention,
     }  # fmt: skip
@@ -327,7 +327,8 @@ def _attnlrp() -> dict[Any, Handler]:
         table[function] = _softmax
     for function in _MATMUL:
         table[function] = _bind(_product, function)
-    table[torch.einsum], table[torch.baddbmm] = _einsum, _baddbmm
+    table[torch.einsum] = _einsum
+    table[torch.baddbmm] = table[Tensor.baddbmm] = _baddbmm
     for functions, operation in (_MULTIPLY, _DIVIDE):
         for function in functions:
             table[function] = _bind(_multiply, operation)
@@ -337,7 +338,7 @@ def _attnlrp() -> dict[Any, Handler]:
 def _gradient() -> dict[Any, Handler]:
     """Softmax and products as autograd derives them."""
     table = _shared()
-    others = (torch.einsum, torch.baddbmm)
+    others = (torch.einsum, torch.baddbmm, Tensor.baddbmm)
     for function in (
         *_SOFTMAX,
         *_MATMUL,

@@ -128,6 +128,7 @@ FUNCTIONS = {
         + m.table.select(1, -1).double()
         + m.table.transpose(0, 1)[:4].swapaxes(0, 1) * b + m.w.reshape(1, 6).t().movedim(0, 1)
     ),
+    "transposed": lambda m, a, b: (a.mT @ b).mH + (m.table[0].T @ m.table[0] + m.table[0, :6].H),
     "last part": lambda m, a, b: a.chunk(chunks=3, dim=-1)[-1].repeat(1, 1, 3) + b,
     "converted": lambda m, a, b: a.float().double() + b.to(a) + a.clone(),
     "constants of forward": lambda m, a, b: a * torch.arange(6) + torch.ones(6, dtype=a.dtype),

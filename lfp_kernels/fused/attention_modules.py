@@ -7,48 +7,12 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .. import functional as F
-from ..composites import Composite, LayerRule, Transformer
-from ..rules import Rule
+from ..composites import Transformer
 from . import stages as S
 from . import transformer as T
+from .linear_views import LinearOfViews, rows
 
 _FORM = inspect.signature(nn.MultiheadAttention.forward)
-
-
-class RowsOfLinear(S.Linear):
-    """A linear layer whose weight and bias are some rows of larger ones (or the whole: None)."""
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, rows: tuple[slice | None, slice | None],
-        layer: LayerRule, composite: Composite,
-    ) -> None:  # fmt: skip
-        super().__init__(weight, bias, layer, composite)
-        self.rows = rows
-
-    def _parts(self) -> list[Any]:
-        both = ((self.weight, self.rows[0]), (self.bias, self.rows[1]))
-        return [t if t is None or rows is None else t[rows] for t, rows in both]
-
-    def forward(self, run: S.Run) -> Tensor:
-        return F.linear(run.values[self.inputs[0]], *self._parts(), relu=self.relu)
-
-    def redistribute(self, run: S.Run, reward: Tensor) -> tuple[Tensor | None, ...]:
-        x = run.values[self.inputs[0]]
-        z = run.values[self.output] if self.reads_output else reward
-        wants_bias = self.bias is not None and self.bias.requires_grad
-        need = (self.wants_input, self.weight.requires_grad, wants_bias)
-        rule: Rule = self.composite.rule_now(self.rule)
-        weight, bias = self._parts()
-        found = F.linear_redistribute(x, weight, bias, z, reward, rule, need=need, **self.options())
-        whole = ((self.weight, found.weight, self.rows[0]), (self.bias, found.bias, self.rows[1]))
-        for parameter, feedback, rows in whole:
-            if feedback is not None and parameter is not None and rows is not None:
-                full = feedback.new_zeros(parameter.shape)
-                full[rows] = feedback
-                feedback = full
-            run.updates.add(parameter, feedback)
-        return (found.input,)
 
 
 class HeadsAttention(T.Attention):
@@ -128,18 +92,19 @@ def _projections(
             while first + count < 3 and operands[first + count] is operands[first]:
                 count += 1
         x = builder.slot(operands[first])
-        rows = None if count == 3 else slice(first * width, (first + count) * width)
+        part = None if count == 3 else slice(first * width, (first + count) * width)
         if packed is None:
             separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
             weight, of_weight = separate[first], None
         else:
-            weight, of_weight = packed, rows
+            weight, of_weight = packed, part
         layer = builder.layer_of(packed if packed is not None else module.q_proj_weight)
         stage: S.Stage
-        if rows is None:
+        if part is None:
             stage = S.Linear(weight, bias, layer, composite)
         else:
-            stage = RowsOfLinear(weight, bias, (of_weight, rows), layer, composite)
+            views = (rows(of_weight), rows(part))
+            stage = LinearOfViews(weight, bias, views, layer, composite)
         z = builder.emit(stage, [x], f"{node.target}.in_proj")
         if count == 1:
             slots.append(z)

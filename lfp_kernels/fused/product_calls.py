@@ -27,6 +27,8 @@ def name_of(node: fx.Node) -> str:
         return str(target) if hasattr(Tensor, str(target)) else ""
     if target in _OPERATORS:
         return _OPERATORS[target]
+    if target is getattr:
+        return str(node.args[1])
     name = str(getattr(target, "__name__", ""))
     return name if target in (getattr(torch, name, None), getattr(TF, name, None)) else ""
 
@@ -148,6 +150,32 @@ def matmul(builder: Any, node: fx.Node, given: Any) -> None:
     share = 0.5 if all(live) and not learned else 1.0
     kind = P.MatrixProduct if not equation else partial(P.Contraction, equation[0])
     builder.add(node, kind(composite, share, live), a, b)
+
+
+def refuse_scales(builder: Any, node: fx.Node, given: Any) -> None:
+    for name in ("beta", "alpha"):
+        if getattr(given, name) != 1:
+            raise builder.refuse(node, f"{name_of(node)} with {name} other than 1")
+
+
+def baddbmm(builder: Any, node: fx.Node, given: Any) -> None:
+    """``input + a @ b``; its sum is one of products: residual="gradient" does not reach it."""
+    refuse_scales(builder, node, given)
+    a, b, c = given.batch1, given.batch2, given.input
+    live = _both(builder, node, a, b)
+    if not any(live):
+        raise builder.refuse(node, "baddbmm of two constants")
+    composite = builder.composite
+    learned = builder.learned(a) or builder.learned(b)
+    product = P.MatrixProduct(composite, 0.5 if all(live) and not learned else 1.0, live)
+    z = builder.emit(product, [builder.slot(a), builder.slot(b)], f"{node.name}.product")
+    plain = composite.mode == "plain"
+    if builder.active(c):
+        stage: S.Stage = P.CopiedSum() if plain else S.Sum(composite.function_rule)
+        return builder.emit_for(node, stage, [z, builder.slot(c)])
+    other = builder.getter(c)
+    stage = P.CopiedSum(other) if plain else P.SumWithConstant(composite.function_rule, other)
+    builder.emit_for(node, stage, [z])
 
 
 def softmax(builder: Any, node: fx.Node, given: Any) -> None:

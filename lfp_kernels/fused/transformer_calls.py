@@ -21,13 +21,14 @@ from . import routes as R
 from . import structure as M
 from . import transformer as T
 from .attention_modules import multi_head
+from .linear_views import LinearOfViews
 
 # Linear in their inputs; the drop-in way leaves them to torch too (calls.STRUCTURAL).
 _MOVES = (
     "stack", "hstack", "vstack", "roll", "flip", "where", "index_select", "gather",
     "repeat_interleave", "triu", "clone",
 )  # fmt: skip
-_VIEWS = ("narrow", "select", "movedim", "swapaxes", "swapdims", "t")
+_VIEWS = ("narrow", "select", "movedim", "swapaxes", "swapdims", "t", "T", "H", "mT", "mH")
 _CASTS = ("to", "float", "double", "bfloat16", "half", "type_as")
 _REPEATS = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
 
@@ -156,6 +157,19 @@ def _norm(builder: Any, node: fx.Node, given: Any) -> None:
     builder.add(node, stage, given.input)
 
 
+def _addmm(builder: Any, node: fx.Node, given: Any) -> None:
+    """A linear layer that keeps its weight as [I, O] (GPT-2's Conv1D)."""
+    C.refuse_scales(builder, node, given)
+    weight, bias = (builder.constant(v) for v in (given.mat2, given.input))
+    if not isinstance(weight, Tensor):
+        raise builder.refuse(node, "addmm whose mat2 is no parameter of the model")
+    if not isinstance(bias, Tensor) or bias.dim() != 1:
+        raise builder.refuse(node, "addmm whose input is no vector of the model")
+    layer, views = builder.layer_of(weight), (Tensor.t, None)
+    stage = LinearOfViews(weight, bias, views, layer, builder.composite)
+    builder.add(node, stage, given.mat1)
+
+
 def _dropout(builder: Any, node: fx.Node, given: Any) -> None:
     if given.inplace or any(isinstance(v, fx.Node) for v in (given.p, given.training)):
         raise builder.refuse(node, "this form of dropout")
@@ -268,6 +282,8 @@ _CALLS: dict[str, tuple[_Make, Callable[..., None] | None]] = {
     "matmul": (C.matmul, lambda input, other: None),
     "einsum": (C.matmul, lambda equation, a, b: None),
     "bmm": (C.matmul, lambda input, mat2: None),
+    "addmm": (_addmm, lambda input, mat1, mat2, *, beta=1, alpha=1: None),
+    "baddbmm": (C.baddbmm, lambda input, batch1, batch2, *, beta=1, alpha=1: None),
     "softmax": (C.softmax, lambda input, dim=None, _stacklevel=3, dtype=None: None),
     "mean": (C.reduce, lambda input, dim=None, keepdim=False, *, dtype=None: None),
     "sum": (C.reduce, lambda input, dim=None, keepdim=False, *, dtype=None: None),
