@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import autograd
 from . import autograd_attention as R
+from .attention_masks import module_mask
 from .autograd import learned, owned, relevant
 from .capture import TABLE, Handler, _bind, _refuse_view, signed
 
@@ -144,36 +145,18 @@ def _multi_head(
     batched = query.dim() == 3
     inputs = [x if batched else x.unsqueeze(1) for x in (query, key, value)]
     q, k, v = (heads(x, w, b) for x, w, b in zip(inputs, weights, biases))
-    mask = attn_mask
-    if mask is not None:
-        mask = ~mask if mask.dtype == torch.bool else mask
-        mask = mask if mask.dim() == 2 else mask.view(-1, num_heads, *mask.shape[1:])
-    if key_padding_mask is not None:
-        padding = key_padding_mask if batched else key_padding_mask[None]
-        padding = ~padding if padding.dtype == torch.bool else padding
-        padding = padding[:, None, None, :]
-        if mask is None:
-            mask = padding
-        elif mask.dtype == torch.bool and padding.dtype == torch.bool:
-            mask = mask & padding
-        else:
-            mask = _added(mask, q.dtype) + _added(padding, q.dtype)
+    mask = module_mask(name, attn_mask, key_padding_mask, q, k, batched=batched)
+    causal = is_causal and attn_mask is None  # beside a mask it is a hint that the mask says so
     drop = dropout_p if training else 0.0
     function = TF.scaled_dot_product_attention
     attend = _of(at).handlers()[function]
-    y = attend(at, q, k, v, attn_mask=mask, dropout_p=drop, is_causal=is_causal and mask is None)
+    y = attend(at, q, k, v, attn_mask=mask, dropout_p=drop, is_causal=causal)
     y = y.permute(2, 0, 1, 3).flatten(-2)
     out_layer = at.rule_of_weight(out_proj_weight)
     z = autograd.LinearReward.apply(
         y, out_proj_weight, out_proj_bias, None, out_layer, at.product_dtype(y)
     )
     return (z if batched else z.squeeze(1)), None
-
-
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -float("inf"))
 
 
 def _norm(at: Attachment, x: Tensor, weight: Any, bias: Any, function: Any, **kind: Any) -> Tensor:

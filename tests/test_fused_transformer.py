@@ -21,14 +21,14 @@ def softmax(out):
     return rewards.softmax(out, LABELS[:, : out.shape[1]])
 
 
-def change(model, composite, x, reward, **options):
+def change(model, composite, x, reward, *, given=None, **options):
     """What a fused step of length 1 does to the parameters."""
     model = copy.deepcopy(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     step = lfp_kernels.fuse(
         model, composite, reward=lambda out, y: reward(out), optimizer=optim.SGD(1.0, **options)
     )
-    step(x, None)
+    step(x, None, **(given or {}))
     return {n: p.detach() - before[n] for n, p in model.named_parameters()}
 
 
@@ -38,8 +38,9 @@ def close(a, b):
         torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-9 * max(scale, 1e-3))
 
 
-def same(model, x, composite, *, seed=None):
-    """The fused step and the drop-in way change the parameters alike, clipped or not."""
+def same(model, x, composite, *, seed=None, given=None):
+    """The fused step and the drop-in way change the parameters alike, clipped or not. ``given``:
+    further arguments of forward."""
     model = model.double()
 
     def reward_of(out):
@@ -50,11 +51,11 @@ def same(model, x, composite, *, seed=None):
             torch.manual_seed(seed)
 
     seeded()
-    expected = feedback(model, composite, x, reward=reward_of)
+    expected = feedback(model, composite, x, reward=reward_of, given=given)
     assert expected
     for options in ({}, {"clip_norm": 1e30}):
         seeded()
-        found = change(model, composite, x, reward_of, **options)
+        found = change(model, composite, x, reward_of, given=given, **options)
         close(found, expected)
         assert all((found[name] == 0).all() for name in found.keys() - expected.keys())
     return expected
@@ -352,22 +353,6 @@ def test_arguments_with_defaults_and_checks_of_sizes():
     same(Model(), rand(2, 4, 6), composites.Transformer(eps=EPS))
     with pytest.raises(AssertionError, match="check of the model"):
         change(Model().double(), composites.Transformer(), rand(2, 5, 6), lambda out: out)
-
-
-@pytest.mark.parametrize("options", [{"need_weights": True}, {"key_padding_mask": "mask"}])
-def test_forms_of_attention_without_a_stage(options):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attend = nn.MultiheadAttention(8, 2)
-            self.register_buffer("mask", torch.zeros(4, 3).bool())
-
-        def forward(self, x):
-            given = {k: self.mask if v == "mask" else v for k, v in options.items()}
-            return self.attend(x, x, x, **{"need_weights": False, **given})[0]
-
-    with pytest.raises(ValueError, match="MultiheadAttention with .* has no stage"):
-        lfp_kernels.fuse(Model(), composites.Transformer(), optimizer=optim.SGD(1.0))
 
 
 def test_what_has_no_stage_is_named():

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ..attention_masks import module_mask
 from ..composites import Transformer
 from . import stages as S
 from . import transformer as T
@@ -16,17 +17,26 @@ _FORM = inspect.signature(nn.MultiheadAttention.forward)
 
 
 class HeadsAttention(T.Attention):
-    """Attention between the projections of nn.MultiheadAttention, whose heads are parts of rows."""
+    """Attention between the projections of nn.MultiheadAttention, whose heads are parts of rows.
+
+    ``mask``: values -> the module's two masks. ``name``: of the module.
+    """
 
     def __init__(
-        self, module: nn.MultiheadAttention, composite: Transformer, mask: Any, causal: bool
-    ) -> None:
+        self, module: nn.MultiheadAttention, composite: Transformer, mask: Any, causal: bool,
+        name: str,
+    ) -> None:  # fmt: skip
         super().__init__(composite, mask, {"causal": causal, "dropout": 0.0})
-        self.module = module
+        self.module, self.name = module, name
 
     def forward(self, run: S.Run) -> Tensor:
         self.options["dropout"] = self.module.dropout if self.module.training else 0.0
         return super().forward(run)
+
+    def mask_of(self, values: Any, q: Tensor, k: Tensor) -> Any:
+        mask, padding = self.mask(values)
+        batched = values[self.inputs[0]].dim() == 3
+        return module_mask(f"fuse: {self.name}", mask, padding, q, k, batched=batched)
 
     def heads(self, x: Tensor) -> Tensor:
         x = x.unflatten(-1, (self.module.num_heads, -1))
@@ -50,32 +60,22 @@ def multi_head(builder: Any, node: fx.Node, module: nn.MultiheadAttention) -> No
         raise builder.refuse(node, f"{name} with appended keys)")
     if given["need_weights"] is not False:
         raise builder.refuse(node, f"{name} with need_weights=True)")
-    if given["key_padding_mask"] is not None:
-        raise builder.refuse(node, f"{name} with key_padding_mask)")
-    if builder.active(given["attn_mask"]):
+    if isinstance(given["is_causal"], fx.Node):
+        raise builder.refuse(node, f"{name} whose is_causal is computed)")
+    masks = [given[k] for k in ("attn_mask", "key_padding_mask")]
+    if any(builder.active(mask) for mask in masks):
         raise builder.refuse(node, f"{name} with a learned mask)")
-    operands = [given[k] for k in ("query", "key", "value")]
-    q, k, v = _projections(builder, node, module, operands)
-    masked = given["attn_mask"] is not None
-    read = builder.getter(given["attn_mask"])
-
-    def mask(values: Any) -> Any:
-        found = read(values)
-        return None if found is None else _shown(found, module.num_heads)
-
-    stage = HeadsAttention(module, builder.composite, mask, bool(given["is_causal"]) and not masked)
-    reads = [builder.slot(given["attn_mask"])] if masked else []
+    q, k, v = _projections(builder, node, module, [given[k] for k in ("query", "key", "value")])
+    reads = [builder.slot(mask) for mask in masks if isinstance(mask, fx.Node)]
+    read = [builder.getter(mask) for mask in masks]
+    causal = bool(given["is_causal"]) and masks[0] is None  # beside a mask it is a hint
+    both = lambda values: [r(values) for r in read]  # noqa: E731
+    stage = HeadsAttention(module, builder.composite, both, causal, str(node.target))
     y = builder.emit(stage, [q, k, v], f"{node.target}.heads", reads)
     out = module.out_proj
     layer = builder.layer_of(out.weight)
     last = builder.layers.Linear(out.weight, out.bias, layer, builder.composite)
     builder.tuples[node] = (builder.emit(last, [y], f"{node.target}.out_proj"),)
-
-
-def _shown(mask: Tensor, heads: int) -> Tensor:
-    """A mask of the module, as scaled_dot_product_attention takes it."""
-    mask = mask if mask.is_floating_point() else ~mask
-    return mask if mask.dim() == 2 else mask.view(-1, heads, *mask.shape[1:])
 
 
 def _projections(

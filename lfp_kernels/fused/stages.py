@@ -18,9 +18,10 @@ from .updates import Updates
 class Run:
     """What one step holds: values by slot, what stages put aside, and the parameters' updates."""
 
-    __slots__ = ("aside", "statistics", "updates", "values")
+    __slots__ = ("aside", "given", "statistics", "updates", "values")
 
-    def __init__(self, slots: int, stages: int, updates: Updates) -> None:
+    def __init__(self, slots: int, stages: int, updates: Updates, given: Any = None) -> None:
+        self.given: dict[str, Tensor] = given or {}  # arguments of forward besides the first
         self.values: list[Any] = [None] * slots
         self.aside: list[Any] = [None] * stages
         self.statistics: dict[Any, tuple[Tensor, Tensor]] = {}  # of batch norms, as they will be

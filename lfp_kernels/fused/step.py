@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from .plan import Plan
 from .reduce import Buckets, check_group
 from .stages import Run
 from .trace import trace
+from .tracer import further_arguments
 from .updates import Updates
 
 
@@ -52,20 +53,31 @@ class FusedStep:
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("fuse: model: expected a trainable parameter, got none")
-        self._plan = self._make_plan()
+        self._further = further_arguments(model)
+        self._plans: dict[frozenset[str], Plan] = {}
+        self._parameters: list[nn.Parameter] = []
+        self._modules: list[nn.Module] = []
+        self._settings: list[bool] | None = None
+        self._plan = self._plan_of({name for name, needed in self._further.items() if needed})
         if isinstance(optimizer, BoundOptimizer):
             self.optimizer = optimizer
         else:
             self.optimizer = BoundOptimizer(optimizer, parameters)
 
-    def _make_plan(self) -> Plan:
-        self._parameters = list(self.model.parameters())
-        self._modules = list(self.model.modules())
-        self._settings = self._settings_now()
-        return Plan(*trace(self.model, self.composite))
+    def _plan_of(self, given: Collection[str]) -> Plan:
+        """The plan of steps that give these arguments beside the first."""
+        if self._settings != self._settings_now():
+            self._plans = {}
+            self._parameters = list(self.model.parameters())
+            self._modules = list(self.model.modules())
+            self._settings = self._settings_now()
+        names = frozenset(given)
+        if names not in self._plans:
+            self._plans[names] = Plan(*trace(self.model, self.composite, names))
+        return self._plans[names]
 
     def _settings_now(self) -> list[bool]:
-        """What the traced plan depends on: parameters that train, modules in training mode."""
+        """What traced plans depend on: parameters that train, modules in training mode."""
         trainable = [p.requires_grad for p in self._parameters]
         return trainable + [m.training for m in self._modules]
 
@@ -79,24 +91,25 @@ class FusedStep:
         return self.optimizer.param_groups[0]["clip_norm"] is not None
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, y: Any) -> StepResult:
+    def __call__(self, x: Tensor, y: Any, /, **given: Tensor) -> StepResult:
         """One training step on a batch.
 
         Args:
             x: model input [N, ...], dtype and device of the parameters.
             y: what the reward takes beside the output (labels [N], int64).
+            given: further tensors of the model's forward by their names there (masks). Those that
+                are left out have their defaults.
 
         Raises:
-            TypeError, ValueError: bad x, y or reward (NaN included). Parameters, buffers and
-                optimizer state are as before then.
+            TypeError, ValueError: bad x, y, given or reward (NaN included). Parameters, buffers
+                and optimizer state are as before then.
         """
-        self._check_input(x)
-        if self._settings != self._settings_now():
-            self._plan = self._make_plan()
-        plan = self._plan
+        self._check_inputs(("x", x), *given.items())
+        self._check_names(given)
+        plan = self._plan = self._plan_of(given)
         buckets = None if self._group is None else Buckets(self._group)
         updates = Updates(self.optimizer, plan.shared, buckets)
-        run = Run(plan.slots, len(plan.stages), updates)
+        run = Run(plan.slots, len(plan.stages), updates, given)
         out = plan.forward(run, F.channels_last(x) if plan.channels_last and x.dim() == 4 else x)
         reward = self.reward(out, y)
         if reward.shape != out.shape:
@@ -111,19 +124,35 @@ class FusedStep:
         updates.finish()
         return StepResult(out, reward)
 
-    def _check_input(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"fuse: x: expected a torch.Tensor, got {type(x).__name__}")
+    def _check_inputs(self, *given: tuple[str, Any]) -> None:
         like = self.optimizer.param_groups[0]["params"][0]
-        if x.is_floating_point() and x.dtype != like.dtype:
+        for name, x in given:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"fuse: {name}: expected a torch.Tensor, got {type(x).__name__}")
+            if x.is_floating_point() and x.dtype != like.dtype:
+                raise TypeError(
+                    f"fuse: {name}: expected {like.dtype} like the parameters, got {x.dtype}; "
+                    f"convert it with .to({like.dtype})"
+                )
+            if x.device != like.device:
+                raise ValueError(
+                    f"fuse: {name}: expected device {like.device} like the parameters, "
+                    f"got {x.device}"
+                )
+
+    def _check_names(self, given: dict[str, Any]) -> None:
+        known = ", ".join(self._further) or "none"
+        for name in given.keys() - self._further.keys():
             raise TypeError(
-                f"fuse: x: expected {like.dtype} like the parameters, got {x.dtype}; "
-                f"convert it with .to({like.dtype})"
+                f"fuse: {name}: expected an argument of the model's forward after its first "
+                f"({known})"
             )
-        if x.device != like.device:
-            raise ValueError(
-                f"fuse: x: expected device {like.device} like the parameters, got {x.device}"
-            )
+        for name, needed in self._further.items():
+            if needed and name not in given:
+                raise TypeError(
+                    f"fuse: {name}: the model's forward has no default for it; give it to the "
+                    f"step: step(x, y, {name}=...)"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state; the model's is its own."""
@@ -151,7 +180,7 @@ def fuse(
     update must wait for the global norm: the step then runs in two phases and holds all feedback.
 
     Args:
-        model: takes one tensor, returns one tensor.
+        model: takes a tensor, and others by name if it likes (masks); returns one tensor.
         composite: the rules, e.g. ``composites.Epsilon(eps=1e-6)``.
         reward: a name of ``rewards.REGISTRY`` or a function ``(out, y) -> reward`` of out's shape.
         optimizer: ``optim.SGD(...)`` or ``optim.AdamW(...)``.
@@ -162,7 +191,8 @@ def fuse(
             from equal parameters. Running statistics of batch norms stay each process's own.
 
     Returns:
-        ``step(x, y) -> StepResult(out, reward)``.
+        ``step(x, y) -> StepResult(out, reward)``; ``step(x, y, mask=m)`` for a forward that takes a
+        ``mask``.
 
     Raises:
         ValueError: a layer has no rule, or the model cannot be traced (the line is named).

@@ -211,3 +211,14 @@ class Host(Stage):
 
     def forward(self, run: Run) -> Any:
         return self.compute(run.values)
+
+
+class Given(Stage):
+    """An argument of the model's forward besides the first."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, run: Run) -> Tensor:
+        return run.given[self.name]

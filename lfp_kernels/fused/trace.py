@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -28,11 +28,12 @@ _ADDS = (operator.add, operator.iadd, torch.add)
 
 
 def trace(
-    model: nn.Module, composite: Composite, *, time: str | None = None
+    model: nn.Module, composite: Composite, given: Collection[str] = (), *, time: str | None = None
 ) -> tuple[list[S.Stage], int, int]:
     """(stages in forward order, slot of the input, slot of the output).
 
     Args:
+        given: names of the arguments of forward after the first that every step gives.
         time: of the chain inside a spiking network, its name as a prefix of its layers' names.
 
     Raises:
@@ -44,7 +45,7 @@ def trace(
         return [stage], 0, 1
     before = set(vars(model))
     try:
-        return _Builder(model, composite, time).build(traced(model, composite))
+        return _Builder(model, composite, time).build(traced(model, composite, given), given)
     finally:  # torch.fx leaves the constants of forward at the model
         for name in set(vars(model)) - before:
             delattr(model, name)
@@ -74,17 +75,18 @@ class _Builder:
             for parameter in module.parameters(recurse=False)
         }
 
-    def build(self, graph: fx.Graph) -> tuple[list[S.Stage], int, int]:
+    def build(self, graph: fx.Graph, given: Collection[str]) -> tuple[list[S.Stage], int, int]:
         inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
-        if len(inputs) != 1:
-            raise ValueError(
-                f"fuse: model: expected one tensor argument to forward, got {len(inputs)}{DROP_IN}"
-            )
+        first = [node for node in inputs if node.target not in given]
+        if len(first) != 1:
+            raise ValueError(f"fuse: model: expected forward to read its first argument{DROP_IN}")
         output = -1
         for node in graph.nodes:
             if node.op == "placeholder":
-                if node in inputs:
+                if node in first:
                     self.slots[node] = 0
+                elif node in inputs:
+                    self.emit_for(node, M.Given(str(node.target)), [])
             elif node.op == "get_attr":
                 self.attributes[node] = operator.attrgetter(str(node.target))(self.model)
             elif node.op == "output":

@@ -8,7 +8,7 @@ import operator
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,9 +48,9 @@ class _Value(fx.Proxy):
 class Tracer(fx.Tracer):
     record_stack_traces = True
 
-    def __init__(self, composite: Composite, *, buffers: bool) -> None:
+    def __init__(self, composite: Composite, given: Collection[str], *, buffers: bool) -> None:
         super().__init__()
-        self.composite = composite
+        self.composite, self.given = composite, given
         # Traced buffers may be cut by traced sizes; forward cannot branch on their values then.
         self.proxy_buffer_attributes = buffers
 
@@ -77,11 +77,11 @@ class Tracer(fx.Tracer):
         return node
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """A step gives the model one tensor: all other arguments have their defaults."""
+        """Arguments that a step does not give have their defaults."""
         found, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        parameters = list(inspect.signature(root_fn).parameters.values())
-        for place, parameter in enumerate(parameters[: len(args)]):
-            if place > 1 and parameter.default is not parameter.empty:
+        for place, parameter in enumerate(_named(root_fn)):
+            optional = parameter.default is not parameter.empty
+            if place > 1 and optional and parameter.name not in self.given:
                 args[place] = parameter.default
         return found, args
 
@@ -98,8 +98,19 @@ class Tracer(fx.Tracer):
         return fine
 
 
-def traced(model: nn.Module, composite: Composite) -> fx.Graph:
-    """The graph of ``model``.
+def _named(function: Any) -> list[inspect.Parameter]:
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p for p in inspect.signature(function).parameters.values() if p.kind not in several]
+
+
+def further_arguments(model: nn.Module) -> dict[str, bool]:
+    """The arguments of forward after the first, and whether each must be given."""
+    named = _named(type(model).forward)[2:]
+    return {p.name: p.default is p.empty for p in named}
+
+
+def traced(model: nn.Module, composite: Composite, given: Collection[str] = ()) -> fx.Graph:
+    """The graph of ``model``. ``given``: the arguments of forward after the first that it takes.
 
     Raises:
         ValueError: torch.fx cannot follow; names the line.
@@ -107,9 +118,9 @@ def traced(model: nn.Module, composite: Composite) -> fx.Graph:
     try:
         with _sizes_in_tuples(), torch.enable_grad():
             try:
-                return Tracer(composite, buffers=True).trace(model)
+                return Tracer(composite, given, buffers=True).trace(model)
             except Exception:  # it may want a buffer's values
-                return Tracer(composite, buffers=False).trace(model)
+                return Tracer(composite, given, buffers=False).trace(model)
     except Exception as error:
         raise ValueError(
             f"fuse: model: cannot be traced at {_user_line(error)}: {error}{DROP_IN}"

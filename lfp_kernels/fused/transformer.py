@@ -113,11 +113,14 @@ class Attention(Stage):
         """What ``heads`` made, in the shape that ``like``, its argument, has."""
         return x
 
+    def mask_of(self, values: Any, q: Tensor, k: Tensor) -> Any:
+        return self.mask(values)
+
     def forward(self, run: Run) -> Tensor:
-        values = [run.values[slot] for slot in self.inputs]
-        mask, options = self.mask(run.values), dict(self.options)
+        values, options = [run.values[slot] for slot in self.inputs], dict(self.options)
         seed = int(torch.randint(2**31, ())) if options["dropout"] else 0
         q, k, v = map(self.heads, values)
+        mask = self.mask_of(run.values, q, k)
         out, lse = F.attention(q, k, v, mask, seed=seed, **options)
         run.aside[self.index] = (lse, mask, {"seed": seed, **options})
         return self.merged(out, values[0])
