@@ -51,15 +51,14 @@ class HeadsAttention(T.Attention):
 
 
 def multi_head(builder: Any, node: fx.Node, module: nn.MultiheadAttention) -> None:
-    """Adds the stages of one call."""
+    """Adds the stages of one call. What it returns beside the output, the probabilities, is never
+    made: whatever reads them is refused (need_weights=True is torch's default)."""
     bound = _FORM.bind(module, *node.args, **node.kwargs)
     bound.apply_defaults()
     given = bound.arguments
     name = f"{node.target} (MultiheadAttention"
     if module.bias_k is not None or module.add_zero_attn:
         raise builder.refuse(node, f"{name} with appended keys)")
-    if given["need_weights"] is not False:
-        raise builder.refuse(node, f"{name} with need_weights=True)")
     if isinstance(given["is_causal"], fx.Node):
         raise builder.refuse(node, f"{name} whose is_causal is computed)")
     masks = [given[k] for k in ("attn_mask", "key_padding_mask")]

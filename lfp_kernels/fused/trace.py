@@ -20,7 +20,7 @@ from . import stages as S
 from . import structure as M
 from .modules import ADAPTIVE, avg_settings, conv_form, dims_of, flattens_all, out_of_place
 from .spiking import Spiking
-from .tracer import DROP_IN, traced, user_frame
+from .tracer import DROP_IN, left_as_it_was, traced, user_frame
 
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous")
 _SIZES = ("size", "dim", "numel", "shape", "device", "dtype", "ndim")  # methods and attributes
@@ -43,12 +43,8 @@ def trace(
         stage = Spiking(model, composite, "")
         stage.inputs, stage.reads, stage.output, stage.label = [0], [0], 1, "model"
         return [stage], 0, 1
-    before = set(vars(model))
-    try:
+    with left_as_it_was(model):
         return _Builder(model, composite, time).build(traced(model, composite, given), given)
-    finally:  # torch.fx leaves the constants of forward at the model
-        for name in set(vars(model)) - before:
-            delattr(model, name)
 
 
 class _Builder:

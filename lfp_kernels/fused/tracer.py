@@ -128,6 +128,37 @@ def traced(model: nn.Module, composite: Composite, given: Collection[str] = ()) 
 
 
 @contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """The model has the attributes it had: torch.fx leaves the constants of forward at it, and
+    forward itself may store what it computes.
+
+    Raises:
+        ValueError: forward stores a value, which a step would not renew.
+    """
+    before = {module: dict(vars(module)) for module in model.modules()}
+    try:
+        yield
+        for name, module in model.named_modules():
+            for attribute, value in vars(module).items():
+                if _traced_in(value):
+                    at = f"{name}.{attribute}" if name else attribute
+                    raise ValueError(
+                        f"fuse: model: forward stores a value in {at!r}, which has no stage: a "
+                        f"step would not renew it; return it or leave it out{DROP_IN}"
+                    )
+    finally:
+        for module, held in before.items():
+            vars(module).clear()
+            vars(module).update(held)
+
+
+def _traced_in(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return any(isinstance(v, fx.Proxy) for v in (value if isinstance(value, list) else [value]))
+
+
+@contextmanager
 def _sizes_in_tuples() -> Iterator[None]:
     """``torch.ones(t, t)`` of traced sizes, as ``torch.ones((t, t))``, which torch.fx can trace."""
     originals = {name: getattr(torch, name) for name in _CREATE}

@@ -73,7 +73,7 @@ def function_stage(builder: Any, node: fx.Node) -> bool:
     x: Any = node.args[0] if node.args else None
     if node.target is operator.getitem and x in builder.tuples:
         found = builder.tuples[x]
-        if node.args[1] == 0:
+        if node.args[1] in (0, -2):
             builder.slots[node] = found[0]
         elif node.users:
             raise builder.refuse(node, "the probabilities of attention")
