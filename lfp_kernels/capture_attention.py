@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as TF
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import autograd
 from . import autograd_attention as R
@@ -81,6 +80,17 @@ def _multiply(at: Attachment, function: Any, a: Any, b: Any) -> Any:
         if gated[0] != gated[1]:
             shares = (0.0, 1.0) if gated[0] else (1.0, 0.0)
     return R.ProductReward.apply(a, b, function, shares, _of(at).eps)
+
+
+def _power(at: Attachment, input: Any, exponent: Any = 2) -> Any:
+    """A power by a positive number is a product with itself, of which nothing is lost: all of the
+    reward passes; in mode plain, as there, the gradient."""
+    if not isinstance(exponent, (int, float)) or exponent <= 0:
+        at.left_out(torch.pow, (input, exponent), {})
+        return torch.pow(input, exponent)
+    if _of(at).mode == "plain":
+        return torch.pow(owned(input), exponent)
+    return autograd.IdentityReward.apply(owned(input), lambda x: torch.pow(x, exponent), False)
 
 
 def _refuse_learned(function: str, **masks: Any) -> None:
@@ -264,6 +274,13 @@ _DIVIDE: tuple[tuple[Any, ...], Any] = (
 )
 _ADD: tuple[Any, ...] = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 _SUBTRACT: tuple[Any, ...] = (torch.sub, Tensor.sub, Tensor.__sub__)
+_POWER: tuple[Any, ...] = (
+    torch.pow,
+    Tensor.pow,
+    Tensor.__pow__,
+    torch.square,
+    Tensor.square,
+)
 _NEGATE: tuple[Any, ...] = (torch.neg, Tensor.neg, Tensor.__neg__)
 _REPEATS: tuple[Any, ...] = (
     Tensor.expand,
@@ -293,6 +310,8 @@ def _shared() -> dict[Any, Handler]:
     table[torch.layer_norm] = table[TF.layer_norm]
     for function in _ADD:
         table[function] = _add
+    for function in _POWER:
+        table[function] = _power
     for function in _ROUTES:
         table[function] = _bind(_plain, function)
     for function in _REPEATS:
@@ -354,19 +373,3 @@ TABLES: dict[tuple[str, str], dict[Any, Handler]] = {
     for mode, table in (("plain", _gradient()), ("attnlrp", _attnlrp()))
     for residual in ("epsilon", "gradient")
 }
-
-# Modules of other packages that spell one function as many: by the name of their class.
-_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Phi3RMSNorm", "T5LayerNorm")
-
-
-def as_one_call(module: nn.Module) -> Callable[..., Any] | None:
-    """A forward that makes one call of what ``module`` computes by many, or None."""
-    name, package = type(module).__name__, type(module).__module__
-    if name in _RMS_NORMS:
-        weight: Any = module.weight
-        eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        return lambda x: TF.rms_norm(x, weight.shape, weight, eps)
-    if package == "transformers.activations" and not list(module.children()):
-        original = module.forward
-        return lambda x: autograd.IdentityReward.apply(x, original, False)
-    return None

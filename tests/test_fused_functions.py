@@ -67,6 +67,10 @@ def parts_in_place(m, c):
     return c.add_(m.table[:, 1:2])
 
 
+def gelu(x):
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))
+
+
 def overwritten(a, b):
     first = a[:, :1]
     a += b
@@ -79,6 +83,8 @@ FUNCTIONS = {
     "module": lambda m, a, b: m.sum(a, b),
     "product": lambda m, a, b: a * b,
     "product with itself": lambda m, a, b: torch.mul(a, a),
+    "powers": lambda m, a, b: a**2 + torch.pow(b, 3.0) * m.w.pow(exponent=2) + a.square(),
+    "written GELU": lambda m, a, b: gelu(a) + b,
     "broadcast product": lambda m, a, b: a.mul(b[..., :1]),
     "gate": lambda m, a, b: TF.silu(a) * b,
     "gate on the right": lambda m, a, b: b * TF.gelu(a),
@@ -148,6 +154,7 @@ FUNCTIONS = {
         .softmax(-1) @ b
     ),
     "made masks": lambda m, a, b: attend(m, a, b),
+    "lowest numbers": lambda m, a, b: lowest(a, b),
 }  # fmt: skip
 
 
@@ -194,6 +201,15 @@ def test_a_step_follows_training_and_frozen_parameters():
     assert torch.equal(step(x, None).out, model(x))
 
 
+def lowest(a, b):
+    t, least = a.size(1), torch.finfo(a.dtype).min / 2
+    logits = a @ b.transpose(1, 2) / torch.tensor(a.size(-1) ** 0.5, dtype=a.dtype)
+    hidden = torch.full((t, t), least, dtype=a.dtype, device=a.device).triu(1)
+    padded = (torch.arange(t, device=a.device) == 2).to(b.dtype) * least
+    logits = (logits + hidden + padded).masked_fill(torch.arange(t) == 3, least)
+    return logits.softmax(-1) @ b + torch.eye(t, dtype=a.dtype, device=a.device) @ b
+
+
 def ungraded(m, a, b):
     with torch.no_grad():
         c = a * 2
@@ -203,7 +219,9 @@ def ungraded(m, a, b):
 REFUSED = {
     "a division by an activation": lambda m, a, b: a / b,
     "a number minus an activation": lambda m, a, b: 1 - a,
-    "powers": lambda m, a, b: a**2,
+    "a power by an activation": lambda m, a, b: a.abs() ** b,
+    "a power of a number": lambda m, a, b: 2**a,
+    "a negative power": lambda m, a, b: b * torch.pow(a, -1),
     "in place": lambda m, a, b: a.mul_(b),
     "in place on a view": lambda m, a, b: a[:, :1].add_(b[:, :1]) + a,
     "under no_grad": lambda m, a, b: ungraded(m, a, b),

@@ -275,3 +275,24 @@ def test_alpha_of_a_sum_is_a_product(composite):
     for one in found:
         close(one, expected)
     assert (expected["b.weight"] != 0).any()
+
+
+@pytest.mark.parametrize("power", [lambda a: a**3, lambda a: torch.pow(a, 3), lambda a: a.pow(3)])
+@MODES
+def test_powers(mode, power):
+    """What the product with itself hands on: all, or the gradient."""
+    found = found_of(lambda m, a, b: power(a), mode=mode)
+    if mode == "plain":
+        close(found, found_of(lambda m, a, b: a * a * a, mode=mode))
+        square = found_of(lambda m, a, b: a.square(), mode=mode)
+        close(square, found_of(lambda m, a, b: a * a, mode=mode))
+    else:
+        expected = expected_of_layer(Calls(None).double().a, rand(2, 4, 6, seed=3))
+        torch.testing.assert_close(found["a.weight"], expected)
+
+
+@pytest.mark.parametrize("power", [lambda a: a**-1, lambda a: a.relu() ** a, lambda a: 2**a])
+@MODES
+def test_powers_without_a_rule(mode, power):
+    with pytest.raises(ValueError, match="pow.* has no rule"):
+        found_of(lambda m, a, b: power(a), mode=mode)

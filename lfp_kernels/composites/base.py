@@ -171,6 +171,10 @@ class Composite:
         """What to run in place of ``module``'s forward while attached, or None."""
         return None
 
+    def is_activation(self, module: nn.Module) -> bool:
+        """Whether a module outside of torch.nn is an activation function, whatever it calls."""
+        return False
+
     # -- what the feedback-alignment family overrides
 
     plain = False  # everything but the weighted layers' input products is what autograd does

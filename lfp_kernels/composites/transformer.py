@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import known_modules
 from ..rules import Epsilon as EpsilonRule
 from .base import Composite
 
@@ -74,6 +75,7 @@ class Transformer(Composite):
         )
 
     def as_one_call(self, module: nn.Module) -> Callable[..., Any] | None:
-        from ..capture_attention import as_one_call
+        return known_modules.as_one_call(module)
 
-        return as_one_call(module)
+    def is_activation(self, module: nn.Module) -> bool:
+        return known_modules.is_activation(module)

@@ -16,7 +16,8 @@ from . import structure as M
 
 _OPERATORS = {
     operator.add: "add", operator.mul: "mul", operator.truediv: "div", operator.sub: "sub",
-    operator.neg: "neg", operator.matmul: "matmul", operator.getitem: "getitem",
+    operator.neg: "neg", operator.pow: "pow", operator.matmul: "matmul",
+    operator.getitem: "getitem",
 }  # fmt: skip
 
 
@@ -137,6 +138,14 @@ def divide(builder: Any, node: fx.Node, given: Any) -> None:
 
 def negate(builder: Any, node: fx.Node, given: Any) -> None:
     builder.add(node, P.Scaled("neg", builder.composite, lambda values: None), given.input)
+
+
+def power(builder: Any, node: fx.Node, given: Any) -> None:
+    exponent = getattr(given, "exponent", 2)
+    positive = isinstance(exponent, (int, float)) and exponent > 0
+    if not positive or not isinstance(given.input, fx.Node):
+        raise builder.refuse(node, "a power by what is no positive number")
+    builder.add(node, P.Power(builder.composite, exponent), given.input)
 
 
 def matmul(builder: Any, node: fx.Node, given: Any) -> None:

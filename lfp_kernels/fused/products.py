@@ -53,6 +53,30 @@ class Product(Stage):
         return f"Product, {how}"
 
 
+class Power(Stage):
+    """A power by a positive number: a product with itself, which passes all of the reward; or the
+    gradient."""
+
+    def __init__(self, composite: Transformer, exponent: float) -> None:
+        super().__init__()
+        self.plain, self.exponent = composite.mode == "plain", exponent
+
+    def keeps(self) -> set[int]:
+        return {*self.inputs} if self.plain else set()
+
+    def forward(self, run: Run) -> Tensor:
+        return run.values[self.inputs[0]] ** self.exponent
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        if not self.plain:
+            return (reward,)
+        x = run.values[self.inputs[0]]
+        return (reward * self.exponent * x ** (self.exponent - 1),)
+
+    def describe(self) -> str:
+        return f"Power, {self.exponent:g}, " + ("gradient" if self.plain else "reward unchanged")
+
+
 class MatrixProduct(Stage):
     """``a @ b``: ``share`` of the reward to each by the epsilon rule, or the gradient."""
 

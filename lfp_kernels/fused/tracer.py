@@ -23,7 +23,8 @@ from ..composites import Composite
 DROP_IN = "; use the drop-in way for this model: with composite.context(model): ..."
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-_CREATE = ("ones", "zeros", "empty")  # sizes as separate arguments: they take no traced ones
+# They take no traced arguments in some places: sizes one by one, dtypes, values.
+_CREATE = ("ones", "zeros", "empty", "full", "tensor", "arange", "eye", "finfo")
 
 
 class _Value(fx.Proxy):
@@ -57,7 +58,7 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, (lfp_nn.Step, lfp_nn.Sum, lfp_nn.LIF, lfp_nn.Spiking)):
             return True
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) or self.composite.is_activation(module):
             return True
         return type(module) not in _FORWARDS and super().is_leaf_module(module, qualified_name)
 
@@ -116,7 +117,7 @@ def traced(model: nn.Module, composite: Composite, given: Collection[str] = ()) 
         ValueError: torch.fx cannot follow; names the line.
     """
     try:
-        with _sizes_in_tuples(), torch.enable_grad():
+        with _creation_traced(), torch.enable_grad():
             try:
                 return Tracer(composite, given, buffers=True).trace(model)
             except Exception:  # it may want a buffer's values
@@ -140,34 +141,29 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         yield
         for name, module in model.named_modules():
             for attribute, value in vars(module).items():
-                if _traced_in(value):
+                held = value.values() if isinstance(value, dict) else [value]
+                if next(_proxies(held), None) is not None:
                     at = f"{name}.{attribute}" if name else attribute
                     raise ValueError(
                         f"fuse: model: forward stores a value in {at!r}, which has no stage: a "
                         f"step would not renew it; return it or leave it out{DROP_IN}"
                     )
     finally:
-        for module, held in before.items():
+        for module, attributes in before.items():
             vars(module).clear()
-            vars(module).update(held)
-
-
-def _traced_in(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    return any(isinstance(v, fx.Proxy) for v in (value if isinstance(value, list) else [value]))
+            vars(module).update(attributes)
 
 
 @contextmanager
-def _sizes_in_tuples() -> Iterator[None]:
-    """``torch.ones(t, t)`` of traced sizes, as ``torch.ones((t, t))``, which torch.fx can trace."""
+def _creation_traced() -> Iterator[None]:
+    """``torch.ones(t, t)``, ``torch.finfo(x.dtype)`` of traced arguments: calls of the graph."""
     originals = {name: getattr(torch, name) for name in _CREATE}
 
-    def create(function: Any, *size: Any, **options: Any) -> Any:
-        if any(isinstance(s, fx.Proxy) for s in size) and not isinstance(size[0], (tuple, list)):
-            # A size by itself may be x.shape: it is looked at when the step runs.
-            return size[0].tracer.create_proxy("call_function", function, size, options)
-        return function(*size, **options)
+    def create(function: Any, *args: Any, **options: Any) -> Any:
+        proxy = next(_proxies((*args, *options.values())), None)
+        if proxy is None:
+            return function(*args, **options)
+        return proxy.tracer.create_proxy("call_function", function, args, options)
 
     try:
         for name, function in originals.items():
@@ -176,6 +172,14 @@ def _sizes_in_tuples() -> Iterator[None]:
     finally:
         for name, function in originals.items():
             setattr(torch, name, function)
+
+
+def _proxies(values: Any) -> Iterator[fx.Proxy]:
+    for value in values:
+        if isinstance(value, fx.Proxy):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _proxies(value)
 
 
 def _no_raise() -> bool | None:

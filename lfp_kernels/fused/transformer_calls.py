@@ -29,7 +29,7 @@ _MOVES = (
     "repeat_interleave", "triu", "clone",
 )  # fmt: skip
 _VIEWS = ("narrow", "select", "movedim", "swapaxes", "swapdims", "t", "T", "H", "mT", "mH")
-_CASTS = ("to", "float", "double", "bfloat16", "half", "type_as")
+_CASTS = ("to", "float", "double", "bfloat16", "half", "type", "type_as")
 _REPEATS = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
 
 
@@ -41,6 +41,10 @@ def module_stage(builder: Any, node: fx.Node, module: nn.Module) -> bool:
     x: Any = node.args[0] if node.args else None
     if isinstance(module, nn.MultiheadAttention) and builder.time is None:
         multi_head(builder, node, module)
+        return True
+    if composite.is_activation(module):
+        kind = type(module).__name__
+        builder.add(node, M.Activation(module, kind, derivative=not builder.linear), x)
         return True
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None or module.scale_grad_by_freq:
@@ -278,6 +282,8 @@ _CALLS: dict[str, tuple[_Make, Callable[..., None] | None]] = {
     "sub": (C.subtract, lambda input, other, *, alpha=1: None),
     "mul": (C.multiply, lambda input, other: None),
     "div": (C.divide, lambda input, other, *, rounding_mode=None: None),
+    "pow": (C.power, lambda input, exponent: None),
+    "square": (C.power, lambda input: None),
     "neg": (C.negate, lambda input: None),
     "matmul": (C.matmul, lambda input, other: None),
     "einsum": (C.matmul, lambda equation, a, b: None),
