@@ -28,7 +28,7 @@ def as_one_call(module: nn.Module) -> Callable[..., Any] | None:
 
 def is_activation(module: nn.Module) -> bool:
     """Whether ``module`` is an activation function that its forward spells out."""
-    if any(True for _ in (*module.children(), *module.parameters())):
-        return False
     known = type(module).__name__.startswith(_GELUS)
-    return known or type(module).__module__ == "transformers.activations"
+    if not known and type(module).__module__ != "transformers.activations":
+        return False
+    return not any(True for _ in (*module.children(), *module.parameters()))

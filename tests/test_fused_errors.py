@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,40 @@ class Softmaxed(nn.Module):
         return torch.softmax(self.linear(x), -1)
 
 
+def passing_on(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def wrapper(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+class Wrapped(nn.Module):
+    """torch.fx cannot follow, and no line of forward itself is to blame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    @passing_on
+    def forward(self, x: Tensor, mask: Any = None, cache: Any = None, **more: Any) -> Tensor:
+        return self.linear(x)
+
+
+class Later(nn.Module):
+    """Comes further with the values of its buffer, and branches then on its input's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("count", torch.tensor(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(int(self.count)):
+            x = self.linear(x)
+        return x if x.sum() > 0 else self.linear(x)
+
+
 def make_step(model: nn.Module) -> FusedStep:
     return lfp_kernels.fuse(model, composites.Epsilon(), optimizer=optim.SGD(lr=0.1, momentum=0.9))
 
@@ -42,6 +78,10 @@ def make_step(model: nn.Module) -> FusedStep:
 def test_untraceable_models_name_the_line() -> None:
     with pytest.raises(ValueError, match=r"_errors\.py:\d+ \(if x\.sum\(\) > 0:\).*drop-in way"):
         make_step(Branching())
+    with pytest.raises(ValueError, match=r"_errors\.py:\d+ \(forward of Wrapped\): .*drop-in way"):
+        make_step(Wrapped())
+    with pytest.raises(ValueError, match=r"_errors\.py:\d+ \(return x if x\.sum\(\) > 0 "):
+        make_step(Later())
     with pytest.raises(ValueError, match=r"softmax has no stage.*return torch\.softmax.*drop-in"):
         make_step(Softmaxed())
     with pytest.raises(ValueError, match=r"layer '1' \(LayerNorm\)"):

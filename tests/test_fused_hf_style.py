@@ -8,7 +8,11 @@ import pytest
 import torch
 from test_fused_addmm import Conv1D
 from test_fused_transformer import TOKENS, every, same, transformer
+from test_transformer import feedback
 from torch import nn
+
+import lfp_kernels
+from lfp_kernels import composites, optim, rewards
 
 WIDTH, HEADS, LENGTH = 8, 2, 10
 SHOWN = (torch.arange(6) < torch.tensor([6, 4])[:, None]).long()  # 1: a token, 0: padding
@@ -187,3 +191,25 @@ def test_bert(options, given):
     composite, types = transformer(options), {"token_type_ids": TOKENS % 2}
     same(Bert().eval(), TOKENS, composite, given=given)
     same(Bert(), TOKENS, composite, given={**given, **types}, seed=3)
+
+
+@pytest.mark.parametrize("mode", ["attnlrp", "plain"])
+def test_weights_after_some_steps(mode):
+    composite = composites.Transformer(mode, eps=1e-9, norms="epsilon")
+    expected, found = GPT2().double().eval(), GPT2().double().eval()
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=0.01, weight_decay=0.01)
+    step = lfp_kernels.fuse(
+        found, composite, reward=lambda out, y: rewards.softmax(out, y),
+        optimizer=optim.AdamW(0.01, clip_norm=1.0),
+    )  # fmt: skip
+    labels = TOKENS.roll(-1, 1)
+    for given in ({}, {"attention_mask": SHOWN}, {"attention_mask": SHOWN}, {}):
+        step(TOKENS, labels, **given)
+        feedback(
+            expected, composite, TOKENS, reward=lambda out: rewards.softmax(out, labels),
+            given=given,
+        )  # fmt: skip
+        nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+        optimizer.step()
+    for (name, a), b in zip(found.named_parameters(), expected.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)

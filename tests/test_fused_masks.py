@@ -119,6 +119,35 @@ def test_padding_found_by_forward(options):
     assert not torch.allclose(none["head.weight"], given["head.weight"])
 
 
+class Whole(nn.Module):
+    """nn.Transformer between two tables and a head; the target comes with the batch."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.source, self.target = nn.Embedding(20, 8), nn.Embedding(20, 8)
+        sizes = {"d_model": 8, "nhead": 2, "dim_feedforward": 12, "dropout": 0.0}
+        self.both = nn.Transformer(
+            num_encoder_layers=1, num_decoder_layers=2, batch_first=True, **sizes, **options
+        )
+        self.head = nn.Linear(8, 20)
+
+    def forward(self, tokens, target):
+        padding = tokens == 0
+        y = self.both(
+            self.source(tokens), self.target(target), tgt_mask=CAUSAL[1:, 1:], tgt_is_causal=True,
+            src_key_padding_mask=padding, memory_key_padding_mask=padding,
+        )  # fmt: skip
+        return self.head(y)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@every
+def test_transformer_of_two_sequences(options, norm_first):
+    given = {"target": TEXT[:, 1:]}
+    same(Whole(norm_first=norm_first), TEXT, transformer(options), given=given)
+
+
 @pytest.mark.parametrize("mode", ["attnlrp", "plain"])
 def test_weights_after_some_steps(mode):
     """Masks that differ from step to step, and steps without one in between."""

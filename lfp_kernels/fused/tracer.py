@@ -116,16 +116,18 @@ def traced(model: nn.Module, composite: Composite, given: Collection[str] = ()) 
     Raises:
         ValueError: torch.fx cannot follow; names the line.
     """
-    try:
-        with _creation_traced(), torch.enable_grad():
-            try:
-                return Tracer(composite, given, buffers=True).trace(model)
-            except Exception:  # it may want a buffer's values
-                return Tracer(composite, given, buffers=False).trace(model)
-    except Exception as error:
-        raise ValueError(
-            f"fuse: model: cannot be traced at {_user_line(error)}: {error}{DROP_IN}"
-        ) from error
+    attempts: list[tuple[int, Exception]] = []
+    for buffers in (True, False):  # forward may want a buffer's values
+        tracer = Tracer(composite, given, buffers=buffers)
+        try:
+            with _creation_traced(), torch.enable_grad():
+                return tracer.trace(model)
+        except Exception as error:
+            attempts.append((len(getattr(tracer, "graph", fx.Graph()).nodes), error))
+    cause = max(attempts, key=lambda attempt: attempt[0])[1]  # of the one that came further
+    raise ValueError(
+        f"fuse: model: cannot be traced at {_user_line(cause, model)}: {cause}{DROP_IN}"
+    ) from cause
 
 
 @contextmanager
@@ -215,12 +217,13 @@ def _leaves(name: str) -> bool:
     return "JUMP" in name or "RETURN" in name or name == "FOR_ITER"
 
 
-def _user_line(error: BaseException) -> str:
-    """The innermost line of the user's own code in a traceback."""
+def _user_line(error: BaseException, model: nn.Module) -> str:
+    """The innermost line of the user's own code in a traceback, or else where forward begins."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith(_NOT_THE_USERS):
             return f"{frame.filename}:{frame.lineno} ({frame.line})"
-    return "an unknown line"
+    code = inspect.unwrap(type(model).forward).__code__
+    return f"{code.co_filename}:{code.co_firstlineno} (forward of {type(model).__name__})"
 
 
 def user_frame(stack: str) -> str | None:
@@ -274,9 +277,27 @@ def _decoder(
     return tgt if m.norm is None else m.norm(tgt)
 
 
+def _transformer(
+    m: Any, src: Any, tgt: Any, src_mask: Any = None, tgt_mask: Any = None,
+    memory_mask: Any = None, src_key_padding_mask: Any = None, tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None, src_is_causal: Any = None, tgt_is_causal: Any = None,
+    memory_is_causal: bool = False,
+) -> Any:  # fmt: skip
+    memory = m.encoder(
+        src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal
+    )
+    return m.decoder(
+        tgt, memory, tgt_mask=tgt_mask, memory_mask=memory_mask,
+        tgt_key_padding_mask=tgt_key_padding_mask,
+        memory_key_padding_mask=memory_key_padding_mask,
+        tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal,
+    )  # fmt: skip
+
+
 _FORWARDS: dict[type, Callable[..., Any]] = {
     nn.TransformerEncoderLayer: _encoder_layer,
     nn.TransformerEncoder: _encoder,
     nn.TransformerDecoder: _decoder,
     nn.TransformerDecoderLayer: nn.TransformerDecoderLayer.forward,
+    nn.Transformer: _transformer,
 }

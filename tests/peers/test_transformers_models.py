@@ -268,6 +268,16 @@ def logit(out):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fused_step_names_the_line_it_cannot_trace(name, attention):
+    model, inputs = build(name, attention)
+    expected = feedback(model, composites.Transformer(), inputs)[0]
+    with pytest.raises(ValueError, match=r"cannot be traced at \S+:\d+ \(.+\): .+ the drop-in way"):
+        lfp.fuse(model, composites.Transformer(), optimizer=lfp.optim.SGD(0.1))
+    close(feedback(model, composites.Transformer(), inputs)[0], expected, 0.0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["gpt2", "bert", "llama"])
 def test_attnlrp_is_input_times_modified_gradient(name, attention):
     model, inputs = build(name, attention)
