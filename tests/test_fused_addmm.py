@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_fused_functions import Calls
-from test_fused_transformer import TOKENS, every, rand, same, transformer
+from test_fused_transformer import TOKENS, change, every, rand, same, transformer
 from test_transformer import feedback
 from torch import nn
 
@@ -64,6 +64,21 @@ def test_frozen(frozen):
         p.requires_grad_(not name.startswith(frozen))
     for mode in ("attnlrp", "plain"):
         same(model, TOKENS, composites.Transformer(mode, eps=1e-9))
+
+
+def test_other_rules_and_products():
+    """What the pass that swaps x and the signal is not made for."""
+    model = Net().float()
+    composite = composites.Transformer(eps=1e-6, feedback_dtype=torch.bfloat16)
+    r = rand(2, 6, 5, seed=3).float()
+    expected = feedback(model, composite, TOKENS, reward=lambda out: r)
+    found = change(model, composite, TOKENS, lambda out: r)
+    exact = feedback(model, composites.Transformer(eps=1e-6), TOKENS, reward=lambda out: r)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected["down.weight"], exact["down.weight"], rtol=1e-4, atol=1e-4)
+    hebbian = composites.Transformer(eps=1e-9, layers=[("up", "hebbian"), ("down", "reverse_pos")])
+    same(Net(), TOKENS, hebbian)
 
 
 def trained(step_of, model, steps=4):

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import functional as F
 from ..composites import Composite, LayerRule
-from ..rules import Rule
+from ..rules import Epsilon, Rule
 from . import stages as S
 
 View = Callable[[Tensor], Tensor]
@@ -59,6 +60,38 @@ class LinearOfViews(S.Linear):
             update = run.updates.take(parameter)
             return F.optimizer_update([parameter.data], [feedback], [update])
         run.updates.add(parameter, feedback)
+
+
+class TransposedLinear(LinearOfViews):
+    """A layer that keeps its weight as [I, O]. Its weight product is the one of the layer that the
+    weight belongs to the other way round, with x and the signal in each other's place: nothing is
+    transposed, and the update is part of the pass, as in every linear layer."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, layer: LayerRule, composite: Composite
+    ) -> None:
+        super().__init__(weight, bias, (Tensor.t, None), layer, composite)
+
+    def redistribute(self, run: S.Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, updates = run.values[self.inputs[0]], self.weight, self.bias, run.updates
+        rule: Rule = self.composite.rule_now(self.rule)
+        one_signal = type(rule) is Epsilon and self.below is None and self.product is None
+        if not one_signal or x.dtype not in (torch.float32, torch.float64):
+            return super().redistribute(run, reward)
+        s = reward if self.signal_in else rule.prologue(reward, run.values[self.output])
+        found = F.linear(s, weight).mul_(x) if self.wants_input else None
+        if updates.in_place(weight):
+            F.linear_redistribute_update(
+                s, weight, None, x, x, updates.take(weight), None, rule,
+                need_input=False, signal_in=True,
+            )  # fmt: skip
+        elif weight.requires_grad:
+            need = (False, True, False)
+            swapped = F.linear_redistribute(s, weight, None, x, x, rule, need=need, signal_in=True)
+            updates.add(weight, swapped.weight)
+        if bias is not None and bias.requires_grad:
+            updates.add(bias, rule.weight_epilogue(s.sum(0), bias))
+        return (found,)
 
 
 def rows(part: slice | None) -> View | None:

@@ -21,7 +21,7 @@ from . import routes as R
 from . import structure as M
 from . import transformer as T
 from .attention_modules import multi_head
-from .linear_views import LinearOfViews
+from .linear_views import TransposedLinear
 
 # Linear in their inputs; the drop-in way leaves them to torch too (calls.STRUCTURAL).
 _MOVES = (
@@ -169,8 +169,7 @@ def _addmm(builder: Any, node: fx.Node, given: Any) -> None:
         raise builder.refuse(node, "addmm whose mat2 is no parameter of the model")
     if not isinstance(bias, Tensor) or bias.dim() != 1:
         raise builder.refuse(node, "addmm whose input is no vector of the model")
-    layer, views = builder.layer_of(weight), (Tensor.t, None)
-    stage = LinearOfViews(weight, bias, views, layer, builder.composite)
+    stage = TransposedLinear(weight, bias, builder.layer_of(weight), builder.composite)
     builder.add(node, stage, given.mat1)
 
 
