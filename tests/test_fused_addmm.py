@@ -66,8 +66,7 @@ def test_frozen(frozen):
         same(model, TOKENS, composites.Transformer(mode, eps=1e-9))
 
 
-def test_other_rules_and_products():
-    """What the pass that swaps x and the signal is not made for."""
+def test_other_products():
     model = Net().float()
     composite = composites.Transformer(eps=1e-6, feedback_dtype=torch.bfloat16)
     r = rand(2, 6, 5, seed=3).float()
@@ -77,8 +76,20 @@ def test_other_rules_and_products():
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected["down.weight"], exact["down.weight"], rtol=1e-4, atol=1e-4)
-    hebbian = composites.Transformer(eps=1e-9, layers=[("up", "hebbian"), ("down", "reverse_pos")])
-    same(Net(), TOKENS, hebbian)
+
+
+class Square(nn.Linear):
+    """Known as a linear layer, so that every rule may be chosen for it."""
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+@pytest.mark.parametrize("rule", ["gamma", "zplus", "reverse_pos", "zero", "flat"])
+def test_other_rules(rule):
+    composite = composites.Transformer(eps=1e-9, layers=[(Square, rule)])
+    torch.manual_seed(0)
+    same(nn.Sequential(Square(6, 6), nn.ReLU(), Square(6, 6)), rand(4, 6), composite)
 
 
 def trained(step_of, model, steps=4):
