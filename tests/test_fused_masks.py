@@ -66,6 +66,15 @@ def test_attention_of_one_sequence(mode, masks):
 
 
 @pytest.mark.parametrize("mode", ["attnlrp", "plain"])
+def test_a_sequence_of_padding_alone(mode):
+    """Its queries see no key: attention gives 0 there, and nothing becomes NaN."""
+    padding = PADDED | torch.tensor([False, True])[:, None]
+    found = same(Attending(), TOKENS, composites.Transformer(mode, eps=1e-9),
+                 given={"padding": padding})  # fmt: skip
+    assert all(f.isfinite().all() for f in found.values())
+
+
+@pytest.mark.parametrize("mode", ["attnlrp", "plain"])
 def test_dropout_beside_padding(mode):
     composite = composites.Transformer(mode, eps=1e-9)
     same(Attending(dropout=0.4), TOKENS, composite, given=MASKS["causal and padded"], seed=3)
@@ -115,6 +124,9 @@ def test_padding_found_by_forward(options):
     given = same(Translator(), TEXT, composite, given={"padding": TEXT == 0})
     for name in found:
         torch.testing.assert_close(found[name], given[name])
+    resting = same(Translator().eval(), TEXT, composite)
+    for name in found:
+        torch.testing.assert_close(resting[name], found[name])
     none = same(Translator(), TEXT, composite, given={"padding": TEXT == 99})
     assert not torch.allclose(none["head.weight"], given["head.weight"])
 
