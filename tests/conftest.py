@@ -113,9 +113,9 @@ def simulate_cuda(capability: int, processors: int) -> None:
         flags=["-DLFP_SIMULATED", "--expt-relaxed-constexpr"],
     )  # fmt: skip
     cuda.load(library, capability=capability, processors=processors)
-    from lfp_kernels.ops.direct import native
+    from lfp_kernels.ops import _cuda
 
-    native.is_gpu = lambda x: True
+    _cuda.is_gpu = lambda x: True
 
 
 def simulate_triton(capability: int) -> None:

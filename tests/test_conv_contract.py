@@ -17,6 +17,7 @@ from conv_cases import (
 from torch import Tensor, nn
 
 import lfp_kernels.functional as lf
+from lfp_kernels import rules
 from lfp_kernels.backends import use_backend
 from lfp_kernels.functional import ConvGeometry
 from lfp_kernels.ops.update.reference import apply_update
@@ -105,6 +106,31 @@ def test_update_form_options(backend: str) -> None:
         assert not last.is_contiguous()
         torch.testing.assert_close(last, weight)
         assert not torch.equal(strided, bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["plain", "channels_last"])
+@pytest.mark.parametrize("name", ["2d", "2d-groups", "2d-depthwise", "2d-transposed", "3d"])
+def test_an_arranged_weight_changes_nothing(name: str, layout: str, backend: str) -> None:
+    *tensors, geometry = layer(name)
+    x, weight, bias, z, reward = tensors
+    if layout == "channels_last":
+        x, z, reward = channels_last(x, z, reward)
+    tensors = (x, weight, bias, z, reward)
+    with use_backend(backend):
+        kernel = lf.conv_weight(x, weight, geometry)
+        assert torch.equal(kernel, weight)
+        assert torch.equal(lf.conv(x, kernel, bias, geometry), lf.conv(x, weight, bias, geometry))
+        for rule in (RULE, rules.ZPlus(), rules.SignFeedback()):
+            want = lf.conv_redistribute(*tensors, geometry, rule)
+            got = lf.conv_redistribute(*tensors, geometry, rule, arranged=kernel)
+            assert all(torch.equal(a, b) for a, b in zip(got, want))
+        update = update_for(weight, SGD_PLAIN)
+        want = lf.conv_redistribute(*tensors, geometry, RULE).input
+        got = lf.conv_redistribute_update(*tensors, geometry, update, None, RULE, arranged=kernel)
+        assert torch.equal(got, want)
+        with pytest.raises(ValueError, match="arranged: expected shape"):
+            lf.conv_redistribute(*tensors, geometry, RULE, arranged=kernel[:1])
 
 
 @pytest.mark.parametrize("layout", ["plain", "channels_last"])

@@ -20,6 +20,7 @@ from bench.gpu_model import (
     roofline,
     shapes,
     steps,
+    table,
     targets,
     traffic,
     windows,
@@ -175,6 +176,40 @@ def test_a_step_moves_less_than_the_reference() -> None:
     assert c.bytes < 1 and c.launches < 1
     marks = [str(t).rsplit("  ", 1)[1] for t in targets.of_steps([c])]
     assert set(marks) <= {"met", "NOT met"}
+
+
+def test_the_switch_of_torch_chooses_tf32() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    x, weight = shapes.meta((64, 512), torch.float32), shapes.meta((512, 512), torch.float32)
+    geometry = F.ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    image, kernel = (shapes.meta(s, torch.float32) for s in ((4, 64, 8, 8), (64, 64, 3, 3)))
+
+    def units() -> set[str]:
+        calls = traffic.model(lambda: F.linear(x, weight, None))
+        calls += traffic.model(lambda: F.linear_redistribute(x, weight, None, x, x))
+        calls += traffic.model(lambda: F.conv(image, kernel, None, geometry))
+        calls += traffic.model(
+            lambda: F.conv_redistribute(image, kernel, None, image, image, geometry)
+        )
+        return {launch.unit for c in calls for launch in c.launches if launch.flops}
+
+    try:
+        assert units() == {"float"}
+        matmul.fp32_precision = "tf32"
+        assert units() == {"tf32"}
+    finally:
+        matmul.fp32_precision = before
+    assert units() == {"float"}
+
+
+def test_the_figures_to_reach_are_reached() -> None:
+    """A launch or a pass more in a training step, or over W, shows here."""
+    found = targets.of_steps([steps.compare(network) for network in steps.NETWORKS])
+    cases = [c for c in shapes.cases() if c.group == "small batch"]
+    found += targets.of_rows([table.row_of(c, gpu) for gpu in devices.GPUS for c in cases])
+    assert len(found) == 4 * len(steps.NETWORKS) + 2 * 6
+    assert not [str(t) for t in found if not t.met]
 
 
 def test_command(tmp_path, capsys) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lfp_kernels.ops._cuda import TF32
 from lfp_kernels.ops.conv.layout import strided_channels_last
 
 from .devices import Gpu
@@ -61,12 +63,12 @@ class Conv:
     def _run(self, p: Product) -> list[Launch]:
         return launches_of(p, self.unit, self.element, self.gpu)
 
-    def kernel_copy(self) -> list[Launch]:
+    def kernel_copy(self, weight: Tensor) -> list[Launch]:
         """Channels last reads W with its taps before its channels: one pass over W where it lies
-        otherwise."""
+        otherwise and the caller has made no such copy."""
         if self.direct or not self.last:
             return []
-        return in_format([self.g.weight], True)
+        return in_format([weight], True)
 
     def position_product(
         self, is_up: bool, source: Source, is_input: bool, bias: Tensor | None
@@ -199,11 +201,19 @@ def _geometry(a: dict[str, Any], z: Tensor) -> Geometry:
 
 
 def conv_forward(a: dict[str, Any], gpu: Gpu, z: Tensor) -> list[Launch]:
+    return _forward(a, gpu, z, a["x"].dtype)
+
+
+def conv_forward_tf32(a: dict[str, Any], gpu: Gpu, z: Tensor) -> list[Launch]:
+    return _forward(a, gpu, z, TF32)
+
+
+def _forward(a: dict[str, Any], gpu: Gpu, z: Tensor, product: torch.dtype) -> list[Launch]:
     x, weight = a["x"], a["weight"]
     last = strided_channels_last(x) or strided_channels_last(weight)
-    conv = Conv(_geometry(a, z), last, product_type(x.dtype, x.dtype), gpu)
+    conv = Conv(_geometry(a, z), last, product_type(x.dtype, product), gpu)
     product = conv.position_product(a["transposed"], Source(["x"], x), False, a["bias"])
-    return [*in_format([x], last), *conv.kernel_copy(), *product]
+    return [*in_format([x], last), *conv.kernel_copy(weight), *product]
 
 
 def _redistribute(
@@ -218,7 +228,7 @@ def _redistribute(
     s = Source(["reward"] if signal_in else ["reward", "z"], reward)
     plain = Source(["x"], x)
     if a["need_input"]:
-        found += conv.kernel_copy()
+        found += conv.kernel_copy(a["weight"] if a["matrix"] is None else a["matrix"])
         found += conv.position_product(not a["transposed"], s, True, None)
     small, large = (plain, s) if a["transposed"] else (s, plain)
     return found + conv.kernel_product(small, large, weight, bias)

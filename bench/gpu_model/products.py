@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lfp_kernels.ops._cuda import TF32
+
 from .devices import Gpu
 from .launch import STATES, Launch, Parameter, accumulator, ceil_div, type_name, wide
 
@@ -231,15 +233,18 @@ class Layer:
     def one_pass(self, weight: Parameter, bias: Parameter | None, need_input: bool) -> list[Launch]:
         """linear_one_pass.cuh: W is read once; s once per strip of 64 columns, x once per range."""
         out, inner = self.weight.shape
-        element, largest = self.x.element_size(), ONE_PASS_BATCH[self.unit]
+        element = self.x.element_size()
+        largest = next(n for n in ONE_PASS_BATCHES[self.unit] if self.batch <= n)
         kind = type_name(element, self.unit)
         strips, tiles = ceil_div(inner, 64), ceil_div(out, 64)
-        wanted = ceil_div((1 if largest > 64 else 2) * self.gpu.processors, strips)
+        several = 1 if largest > 64 and self.unit == "bf16" else 2
+        wanted = ceil_div(several * self.gpu.processors, strips)
         rows = ceil_div(tiles, min(max(wanted, 1), tiles)) * 64
         ranges = ceil_div(out, rows)
         main = Launch(
-            "one_pass_kernel", (f"<{kind}, {P_NAME[self.unit]}>",), strips * ranges, 256,
-            one_pass_shared(self.unit, element, largest), self.flops * (1 + need_input), self.unit,
+            "one_pass_kernel", (f"<{kind}, {P_NAME[self.unit]}, {largest}>",), strips * ranges,
+            256, one_pass_shared(self.unit, element, largest), self.flops * (1 + need_input),
+            self.unit,
         )  # fmt: skip
         weight.finish(main)  # its load is that of the operand: the tile waits in shared memory
         for name, size, distinct in signal_sweeps(self.reward, self.signal_in):
@@ -261,23 +266,23 @@ class Layer:
         return found
 
 
-ONE_PASS_BATCH = {"bf16": 128, "tf32": 64, "float": 32, "double": 32}
+# The largest batch of each kernel.
+ONE_PASS_BATCHES = {"bf16": (128,), "tf32": (64,), "float": (32, 64, 128), "double": (32,)}
 
 
 def one_pass_shared(unit: str, element: int, batch: int) -> int:
     """sizeof(OnePassKernel::Shared) and the memory of visit."""
     size = PRODUCT_BYTES[unit]
+    if unit in ("float", "double"):  # the tile that is multiplied is W itself
+        return size * (2 * batch + 64) * (64 + 16 // size)
     exact = 64 * (64 * element + 16)
-    if unit in ("float", "double"):
-        pad = 16 // size
-        return size * (2 * batch * (64 + pad) + 64 * (64 + pad)) + exact
     return size * (2 * batch * 72 + 64 * 72) + exact + 4 * 64 * 68
 
 
 def _redistribute(
     layer: Layer, weight: Parameter | None, bias: Parameter | None, need_input: bool
 ) -> list[Launch]:
-    if weight is not None and layer.batch <= ONE_PASS_BATCH[layer.unit] and layer.x.numel():
+    if weight is not None and layer.batch <= ONE_PASS_BATCHES[layer.unit][-1] and layer.x.numel():
         return layer.one_pass(weight, bias, need_input)
     found = layer.input_product() if need_input else []
     if weight is None and bias is not None:
@@ -291,6 +296,14 @@ def _layer(a: dict[str, Any], gpu: Gpu) -> Layer:
 
 
 def linear_forward(a: dict[str, Any], gpu: Gpu) -> list[Launch]:
+    return _forward(a, gpu, a["x"].dtype)
+
+
+def linear_forward_tf32(a: dict[str, Any], gpu: Gpu) -> list[Launch]:
+    return _forward(a, gpu, TF32)
+
+
+def _forward(a: dict[str, Any], gpu: Gpu, product: torch.dtype) -> list[Launch]:
     x, weight, bias = a["x"], a["weight"], a["bias"]
     batch, (out, inner), element = math.prod(x.shape[:-1]), weight.shape, x.element_size()
 
@@ -304,7 +317,7 @@ def linear_forward(a: dict[str, Any], gpu: Gpu) -> list[Launch]:
         Operand.matrix("weight", weight.nbytes, True), epilogue, 2 * batch * weight.numel(),
         "ForwardEpilogue", matrices=inner % 8 == 0,
     )  # fmt: skip
-    return launches_of(p, product_type(x.dtype, x.dtype), element, gpu)
+    return launches_of(p, product_type(x.dtype, product), element, gpu)
 
 
 def linear_redistribute(a: dict[str, Any], gpu: Gpu) -> list[Launch]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lfp_kernels import backends
+from lfp_kernels.ops import _cuda
 from lfp_kernels.ops.spiking.codes import Reset
 
 from . import attention, convolution, memory_bound, norms, pools, products, spiking
@@ -27,7 +28,8 @@ Model = Callable[..., list[Launch]]
 MODELS: dict[str, Model] = {
     f.__name__: f
     for f in (
-        products.linear_forward, products.linear_redistribute, products.linear_redistribute_update,
+        products.linear_forward, products.linear_forward_tf32, products.linear_redistribute,
+        products.linear_redistribute_update,
         memory_bound.step, memory_bound.sum_redistribute, memory_bound.dropout_redistribute,
         memory_bound.optimizer_update, memory_bound.global_norm, memory_bound.reward,
         memory_bound.reward_spike_rate, norms.batch_norm_forward, norms.batch_norm_redistribute,
@@ -41,6 +43,7 @@ WITH_RESULTS: dict[str, Model] = {
     for f in (
         pools.max_pool_forward, pools.max_pool_redistribute, pools.avg_pool_redistribute,
         pools.adaptive_avg_pool_redistribute, convolution.conv_forward,
+        convolution.conv_forward_tf32,
         convolution.conv_redistribute, convolution.conv_redistribute_update,
     )
 }  # fmt: skip
@@ -143,9 +146,11 @@ def as_on_cuda() -> Iterator[None]:
     for table in tables.values():
         if "native" in table:
             table["native"] = replace(table["native"], devices=None, needs=None)
+    is_gpu, _cuda.is_gpu = _cuda.is_gpu, lambda x: True
     try:
         yield
     finally:
+        _cuda.is_gpu = is_gpu
         for op, table in before.items():
             tables[op].clear()
             tables[op].update(table)

@@ -263,26 +263,39 @@ Ints output_sizes(const Tensor& x, const Tensor& weight, const Geometry& g,
   return sizes;
 }
 
-Tensor conv_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding,
-                    Ints dilation, bool transposed, Ints output_padding, int64_t groups,
-                    bool relu) {
+Tensor forward(Tensor x, const Tensor& weight, const std::optional<Tensor>& bias,
+               const Geometry& geometry, const Ints& output_padding, bool relu,
+               ScalarType product) {
   const Device device(x);
-  const Geometry geometry{stride, padding, dilation, transposed, groups};
   const bool channels_last = strided_channels_last(x) || strided_channels_last(weight);
   x = in_format(x, format_of(x, channels_last));
   const Tensor z = empty(x, output_sizes(x, weight, geometry, output_padding), channels_last);
   const Shapes shapes(x, z, weight, geometry, channels_last);
   const Tensor kernel = kernel_in_format(weight, shapes);
   const Tensor b = bias.has_value() ? dense(*bias) : none_like(weight);
-  dispatch_product(
-      x.scalar_type(), x.scalar_type(), "conv_forward", [&](auto element, auto factor) {
-        using T = decltype(element);
-        using P = decltype(factor);
-        const T* add = bias.has_value() ? data<T>(b) : nullptr;
-        const PositionSums<T> sums{data<T>(z), nullptr, add, relu};
-        position_product<T, P>(shapes, transposed, plain_source<T>(x), kernel, sums, device);
-      });
+  dispatch_product(x.scalar_type(), product, "conv_forward", [&](auto element, auto factor) {
+    using T = decltype(element);
+    using P = decltype(factor);
+    const T* add = bias.has_value() ? data<T>(b) : nullptr;
+    const PositionSums<T> sums{data<T>(z), nullptr, add, relu};
+    position_product<T, P>(shapes, geometry.transposed, plain_source<T>(x), kernel, sums, device);
+  });
   return z;
+}
+
+Tensor conv_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding,
+                    Ints dilation, bool transposed, Ints output_padding, int64_t groups,
+                    bool relu) {
+  return forward(x, weight, bias, {stride, padding, dilation, transposed, groups}, output_padding,
+                 relu, x.scalar_type());
+}
+
+// Of float32 tensors, whose product rounds to TF32.
+Tensor conv_forward_tf32(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints stride,
+                         Ints padding, Ints dilation, bool transposed, Ints output_padding,
+                         int64_t groups, bool relu) {
+  return forward(x, weight, bias, {stride, padding, dilation, transposed, groups}, output_padding,
+                 relu, ScalarType::Half);
 }
 
 }  // namespace
@@ -290,6 +303,7 @@ Tensor conv_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints st
 
 LFP_REGISTER(m) {
   m.impl("conv_forward", TORCH_BOX(&lfp::cuda::conv_forward));
+  m.impl("conv_forward_tf32", TORCH_BOX(&lfp::cuda::conv_forward_tf32));
   m.impl("conv_redistribute", TORCH_BOX(&lfp::cuda::conv_redistribute));
   m.impl("conv_redistribute_update", TORCH_BOX(&lfp::cuda::conv_redistribute_update));
 }

@@ -60,16 +60,13 @@ void redistribute_weight(const LinearLayer& layer, const RuleCall<Acc<T>>& rule,
   matrix_product<P>(layer.out(), in, layer.n(), s, x, epilogue, layer.x, device);
 }
 
-// Both in one launch over W, for batches up to kBatch; false where that does not apply.
-template <class T, class P>
-bool redistribute_one_pass(const LinearLayer& layer, const RuleCall<Acc<T>>& rule, Tensor* reward,
-                           const ParameterUpdate<T>& weight, const ParameterUpdate<T>& bias,
-                           const Device& device) {
-  using Kernel = OnePassKernel<T, P>;
+template <class T, class P, int kBatch>
+bool one_pass(const LinearLayer& layer, const RuleCall<Acc<T>>& rule, Tensor* reward,
+              const ParameterUpdate<T>& weight, const ParameterUpdate<T>& bias,
+              const Device& device) {
+  using Kernel = OnePassKernel<T, P, kBatch>;
   const int64_t n = layer.n(), in = layer.in(), out = layer.out();
-  if (n == 0 || n > Kernel::kBatch || in == 0 || out == 0 || !weight.param) return false;
-  // W is here for both products: with another matrix in one of them there is nothing to share.
-  if (reward && rule.code.matrix != Matrix::kWeight) return false;
+  if (n > kBatch) return false;
   OnePass<T> p{};
   p.x = matrix_operand<T, false>(layer.x, n, in);
   p.s = signal_operand<T, true>(layer, rule);
@@ -92,7 +89,7 @@ bool redistribute_one_pass(const LinearLayer& layer, const RuleCall<Acc<T>>& rul
     partial = torch::stable::new_empty(layer.x, {ranges, n, in}, type);
     p.partial = data<Acc<T>>(partial);
   }
-  auto* kernel = one_pass_kernel<T, P>;
+  auto* kernel = one_pass_kernel<T, P, kBatch>;
   allow_shared(kernel, Kernel::kBytes);
   const dim3 grid(static_cast<unsigned>(strips), static_cast<unsigned>(ranges));
   kernel<<<grid, Kernel::kThreads, Kernel::kBytes, device.stream>>>(p);
@@ -103,6 +100,19 @@ bool redistribute_one_pass(const LinearLayer& layer, const RuleCall<Acc<T>>& rul
     check_launch();
   }
   return true;
+}
+
+// Both in one launch over W, for small batches; false where that does not apply.
+template <class T, class P>
+bool redistribute_one_pass(const LinearLayer& layer, const RuleCall<Acc<T>>& rule, Tensor* reward,
+                           const ParameterUpdate<T>& weight, const ParameterUpdate<T>& bias,
+                           const Device& device) {
+  if (layer.n() == 0 || layer.in() == 0 || layer.out() == 0 || !weight.param) return false;
+  // W is here for both products: with another matrix in one of them there is nothing to share.
+  if (reward && rule.code.matrix != Matrix::kWeight) return false;
+  return [&]<int... kBatch>(std::integer_sequence<int, kBatch...>) {
+    return (one_pass<T, P, kBatch>(layer, rule, reward, weight, bias, device) || ...);
+  }(typename OnePassBatches<P>::Sizes{});
 }
 
 LinearLayer layer_of(const Tensor& x, const Tensor& weight, const Tensor& z, const Tensor& reward,
@@ -178,7 +188,8 @@ Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor>
   return input_reward;
 }
 
-Tensor linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu) {
+Tensor forward(Tensor x, Tensor weight, const std::optional<Tensor>& bias, bool relu,
+               ScalarType product) {
   const Device device(x);
   const int64_t in = weight.size(1), out = weight.size(0);
   x = dense(x), weight = dense(weight);
@@ -189,18 +200,26 @@ Tensor linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, bool 
   for (size_t d = 0; d + 1 < shape.size(); ++d) n *= shape[d];
   Tensor z = empty_like(x, shape);
   const Tensor b = bias.has_value() ? dense(*bias) : none_like(weight);
-  dispatch_product(x.scalar_type(), x.scalar_type(), "linear_forward",
-                   [&](auto element, auto factor) {
-                     using T = decltype(element);
-                     using P = decltype(factor);
-                     const auto left = matrix_operand<T, true>(x, n, in);
-                     const auto right = matrix_operand<T, true>(weight, out, in);
-                     const T* add = bias.has_value() ? data<T>(b) : nullptr;
-                     const bool wide = allows_packs<T>(out) && aligned16(data<T>(z), add);
-                     const ForwardEpilogue<T> epilogue{data<T>(z), add, out, relu, wide};
-                     matrix_product<P>(n, out, in, left, right, epilogue, x, device);
-                   });
+  dispatch_product(x.scalar_type(), product, "linear_forward", [&](auto element, auto factor) {
+    using T = decltype(element);
+    using P = decltype(factor);
+    const auto left = matrix_operand<T, true>(x, n, in);
+    const auto right = matrix_operand<T, true>(weight, out, in);
+    const T* add = bias.has_value() ? data<T>(b) : nullptr;
+    const bool wide = allows_packs<T>(out) && aligned16(data<T>(z), add);
+    const ForwardEpilogue<T> epilogue{data<T>(z), add, out, relu, wide};
+    matrix_product<P>(n, out, in, left, right, epilogue, x, device);
+  });
   return z;
+}
+
+Tensor linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu) {
+  return forward(x, weight, bias, relu, x.scalar_type());
+}
+
+// Of float32 tensors, whose product rounds to TF32.
+Tensor linear_forward_tf32(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu) {
+  return forward(x, weight, bias, relu, ScalarType::Half);
 }
 
 }  // namespace
@@ -208,6 +227,7 @@ Tensor linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, bool 
 
 LFP_REGISTER(m) {
   m.impl("linear_forward", TORCH_BOX(&lfp::cuda::linear_forward));
+  m.impl("linear_forward_tf32", TORCH_BOX(&lfp::cuda::linear_forward_tf32));
   m.impl("linear_redistribute", TORCH_BOX(&lfp::cuda::linear_redistribute));
   m.impl("linear_redistribute_update", TORCH_BOX(&lfp::cuda::linear_redistribute_update));
 }

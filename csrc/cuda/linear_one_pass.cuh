@@ -7,6 +7,9 @@
 // add their parts of r_in in a second launch, in order.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "epilogue.cuh"
 #include "operand.cuh"
 #include "product_mma.cuh"
@@ -14,31 +17,37 @@
 
 namespace lfp::cuda {
 
-// kBatch: the largest batch; the two cores: r_in[kBatch, 64] over 64, feedback[64, 64] over kBatch.
-// The signal s[kBatch, 64] is the left operand of both, across in the second: of one layout.
+// The largest batch of each kernel, ascending. Those of exact products come in several sizes: they
+// are bound by arithmetic, and rows of zeros would be multiplied, too.
 template <class P>
+struct OnePassBatches {
+  using Sizes = std::integer_sequence<int, sizeof(P) == 2 ? 128 : 64>;
+};
+template <>
+struct OnePassBatches<float> {
+  using Sizes = std::integer_sequence<int, 32, 64, 128>;
+};
+template <>
+struct OnePassBatches<double> {
+  using Sizes = std::integer_sequence<int, 32>;
+};
+
+// The two cores: r_in[kBatch, 64] over 64, feedback[64, 64] over kBatch. The signal s[kBatch, 64]
+// is the left operand of both, across in the second: of one layout.
+template <class P, int kBatch>
 struct OnePassShape {
-  static constexpr int kBatch = sizeof(P) == 2 ? 128 : 64;
   using Signal = MmaTile<P, kBatch, 64, true, 8>;
   using SignalAcross = MmaTile<P, 64, kBatch, false, 8>;
   using Input = MmaCore<P, kBatch, 64, 64, kBatch / 4, 32>;
   using Weight = MmaCore<P, 64, 64, kBatch, 32, 16>;
 };
-template <>
-struct OnePassShape<float> {
-  static constexpr int kBatch = 32;
-  using Signal = SimtTile<float, kBatch, 64, true>;
-  using SignalAcross = SimtTile<float, 64, kBatch, false>;
-  using Input = SimtCore<float, kBatch, 64, 64>;
-  using Weight = SimtCore<float, 64, 64, kBatch>;
-};
-template <>
-struct OnePassShape<double> {
-  static constexpr int kBatch = 32;
-  using Signal = SimtTile<double, kBatch, 64, true>;
-  using SignalAcross = SimtTile<double, 64, kBatch, false>;
-  using Input = SimtCore<double, kBatch, 64, 64>;
-  using Weight = SimtCore<double, 64, 64, kBatch>;
+template <class P, int kBatch>
+  requires std::is_floating_point_v<P>
+struct OnePassShape<P, kBatch> {
+  using Signal = SimtTile<P, kBatch, 64, true>;
+  using SignalAcross = SimtTile<P, 64, kBatch, false>;
+  using Input = SimtCore<P, kBatch, 64, 64>;
+  using Weight = SimtCore<P, 64, 64, kBatch>;
 };
 
 template <class T>
@@ -54,24 +63,38 @@ struct OnePass {
   A* partial;              // [ranges, N, I], or null with one range
 };
 
-template <class T, class P>
+template <class T, class P, int kLargest>
 struct OnePassKernel {
-  using Shape = OnePassShape<P>;
+  using Shape = OnePassShape<P, kLargest>;
   using Input = typename Shape::Input;
   using Weight = typename Shape::Weight;
   using A = Acc<T>;
-  static constexpr int kBatch = Shape::kBatch, kRows = 64, kCols = 64, kThreads = 256;
-  // Blocks that a processor holds: more ranges of rows than that only add partial sums.
-  static constexpr int kPerProcessor = kBatch > 64 ? 1 : 2;
+  static constexpr int kBatch = kLargest, kRows = 64, kCols = 64, kThreads = 256;
+  // Blocks per processor: more ranges of rows than it holds only add partial sums. But products
+  // bound by arithmetic end sooner where the last wave of blocks is a smaller part of them.
+  static constexpr int kPerProcessor = kBatch > 64 && sizeof(P) == 2 ? 1 : 2;
   static constexpr int V = kWide<T>;
   static_assert(Input::kThreads == kThreads && Weight::kThreads == kThreads);
 
-  struct alignas(16) Shared {
+  // The tile that is multiplied is W itself, or a rounded one: the update needs W as it is.
+  static constexpr bool kExact = std::is_same_v<T, P> && std::is_floating_point_v<P>;
+  struct alignas(16) Multiplied {
     typename Weight::template TileB<false> x;  // [n][col]
     typename Shape::Signal s;                  // [n][row]
-    typename Input::template TileB<false> w;   // [row][col], through the rule's matrix
-    T exact[kRows][kCols + V];                 // W as it is, for the update
+    typename Input::template TileB<false> w;   // [row][col]
   };
+  struct alignas(16) WithExact : Multiplied {
+    T exact[kRows][kCols + V];
+  };
+  using Shared = std::conditional_t<kExact, Multiplied, WithExact>;
+
+  static __device__ __forceinline__ A weight_at(const Shared& shared, int row, int col) {
+    if constexpr (kExact)
+      return shared.w.at(col, row);
+    else
+      return static_cast<A>(shared.exact[row][col]);
+  }
+
   static constexpr size_t kVisitBytes = std::max(Input::kVisitBytes, Weight::kVisitBytes);
   static constexpr size_t kBytes = sizeof(Shared) + kVisitBytes;
 
@@ -114,7 +137,7 @@ struct OnePassKernel {
       A values[V];
       p.w.convert(raw.w[j], values);
       shared.w.template put_across<V>(at, row, values);
-      *reinterpret_cast<Pack<T, V>*>(&shared.exact[row][at]) = raw.w[j];
+      if constexpr (!kExact) *reinterpret_cast<Pack<T, V>*>(&shared.exact[row][at]) = raw.w[j];
     }
 #pragma unroll
     for (int j = 0; j < kPacksS; ++j) {
@@ -147,7 +170,7 @@ struct OnePassKernel {
       if (o >= p.w.rows || i >= p.w.cols) return;
       A w[V];
 #pragma unroll
-      for (int k = 0; k < V; ++k) w[k] = static_cast<A>(shared.exact[m][n + k]);
+      for (int k = 0; k < V; ++k) w[k] = weight_at(shared, m, n + k);
       if (p.weight.wide) return p.weight.weight.apply(o * p.w.cols + i, sums, w, p.weight.rule);
 #pragma unroll
       for (int k = 0; k < V; ++k)
@@ -183,9 +206,10 @@ struct OnePassKernel {
   }
 };
 
-template <class T, class P>
-__global__ void __launch_bounds__(256, 1) one_pass_kernel(OnePass<T> p) {
-  using K = OnePassKernel<T, P>;
+template <class T, class P, int kBatch>
+__global__ void __launch_bounds__(256, kBatch > 32 || sizeof(T) == 8 ? 1 : 2)
+    one_pass_kernel(OnePass<T> p) {
+  using K = OnePassKernel<T, P, kBatch>;
   using A = Acc<T>;
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<typename K::Shared*>(memory);

@@ -11,6 +11,7 @@ from .conv import (
     conv,
     conv_redistribute,
     conv_redistribute_update,
+    conv_weight,
 )
 from .direct import direct_update
 from .embedding import embedding_redistribute, embedding_redistribute_update
@@ -72,6 +73,7 @@ __all__ = [
     "conv",
     "conv_redistribute",
     "conv_redistribute_update",
+    "conv_weight",
     "direct_update",
     "dropout",
     "dropout_redistribute",

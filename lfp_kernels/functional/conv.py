@@ -11,7 +11,7 @@ from ..backends import select
 from ..ops.conv.geometry import ConvGeometry, out_channels, output_shape
 from ..ops.conv.layout import channels_last
 from ..optim import Update
-from ..rules import Derivative, Epsilon, Rule
+from ..rules import Derivative, Epsilon, Matrix, Rule, RuleCall
 from .composed import Redistributed, apply_composed, is_composed, redistribute_composed
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "conv",
     "conv_redistribute",
     "conv_redistribute_update",
+    "conv_weight",
 ]
 
 _ = ops  # registers the schemas
@@ -55,6 +56,19 @@ def conv(
 
 
 @torch.no_grad()
+def conv_weight(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
+    """``weight`` in the order in which the kernels read it beside x: itself, or a copy of it.
+
+    On a GPU a convolution in channels last reads its weight with the taps before the channels, and
+    makes such a copy in every call. Who calls it forward and back makes the copy once: it is the
+    ``weight`` of :func:`conv` and the ``arranged`` of the other two.
+    """
+    _check_layer("conv_weight", x, weight, None, geometry)
+    arranged = getattr(select("conv", x), "arranged", None)
+    return weight if arranged is None else arranged(x, weight, geometry)
+
+
+@torch.no_grad()
 def conv_redistribute(
     x: Tensor,
     weight: Tensor,
@@ -66,6 +80,7 @@ def conv_redistribute(
     *,
     need: tuple[bool, bool, bool] = (True, True, True),
     matrix: Tensor | None = None,
+    arranged: Tensor | None = None,
     below: Rule | Derivative | None = None,
     signal_in: bool = False,
     nonnegative: bool = False,
@@ -79,6 +94,8 @@ def conv_redistribute(
         rule: the four functions around the two products.
         need: which of (input reward, weight feedback, bias feedback) to compute.
         matrix: feedback matrix B, shaped like weight, of rules that take one.
+        arranged: what :func:`conv_weight` made of this weight. It must hold the same values: the
+            input reward may be formed with it in place of the weight.
         below: with the rule of the layer that made x, the input reward comes out as that layer's
             signal (``signal_in=True`` there): two elementwise passes become one. With a
             ``rules.Derivative`` of the activation that made x, it is multiplied by it.
@@ -102,13 +119,15 @@ def conv_redistribute(
         return redistribute_composed(
             rule, need, weight, bias, reward, z,
             lambda part, wanted, r, out: conv_redistribute(
-                x, weight, bias, out, r, geometry, part, need=wanted, matrix=matrix, below=below,
-                nonnegative=nonnegative, product_dtype=product_dtype,
+                x, weight, bias, out, r, geometry, part, need=wanted, matrix=matrix,
+                arranged=arranged, below=below, nonnegative=nonnegative,
+                product_dtype=product_dtype,
             ),
         )  # fmt: skip
     call = check.rule_call(
         op, x, weight, rule, need[0], matrix, below, signal_in, nonnegative, product_dtype
     )
+    call = _with_arranged(op, call, weight, arranged)
     input_reward, weight_feedback, bias_feedback = select("conv", x, rule).redistribute(
         flat[0], weight, bias, flat[1], flat[2], geometry, call, need
     )
@@ -131,6 +150,7 @@ def conv_redistribute_update(
     *,
     need_input: bool = True,
     matrix: Tensor | None = None,
+    arranged: Tensor | None = None,
     below: Rule | Derivative | None = None,
     signal_in: bool = False,
     nonnegative: bool = False,
@@ -158,12 +178,14 @@ def conv_redistribute_update(
         found = conv_redistribute(
             x, weight, bias, z, reward, geometry, rule,
             need=(need_input, True, bias_update is not None),
-            matrix=matrix, below=below, nonnegative=nonnegative, product_dtype=product_dtype,
+            matrix=matrix, arranged=arranged, below=below, nonnegative=nonnegative,
+            product_dtype=product_dtype,
         )  # fmt: skip
         return apply_composed(found, weight, bias, weight_update, bias_update)
     call = check.rule_call(
         op, x, weight, rule, need_input, matrix, below, signal_in, nonnegative, product_dtype
     )
+    call = _with_arranged(op, call, weight, arranged)
     dense = weight.contiguous()
     dense_bias = None if bias is None else bias.contiguous()
     input_reward = select("conv", x, rule).redistribute_update(
@@ -177,6 +199,16 @@ def conv_redistribute_update(
     if input_reward is None or flat[0] is x:
         return input_reward
     return input_reward.squeeze(0)
+
+
+def _with_arranged(op: str, call: RuleCall, weight: Tensor, arranged: Tensor | None) -> RuleCall:
+    """Rules that read the weight itself may read it from the copy: it takes the matrix's place."""
+    if arranged is None:
+        return call
+    check.like(op, "arranged", arranged, weight, "weight")
+    check.shape(op, "arranged", arranged, weight.shape)
+    plain = not call.rule.split and call.rule.matrix_code == Matrix.WEIGHT
+    return call._replace(matrix=arranged) if plain else call
 
 
 def _check_geometry(op: str, geometry: ConvGeometry, spatial: int) -> None:

@@ -18,12 +18,13 @@ from .updates import Updates
 class Run:
     """What one step holds: values by slot, what stages put aside, and the parameters' updates."""
 
-    __slots__ = ("aside", "given", "statistics", "updates", "values")
+    __slots__ = ("aside", "given", "kernels", "statistics", "updates", "values")
 
     def __init__(self, slots: int, stages: int, updates: Updates, given: Any = None) -> None:
         self.given: dict[str, Tensor] = given or {}  # arguments of forward besides the first
         self.values: list[Any] = [None] * slots
         self.aside: list[Any] = [None] * stages
+        self.kernels: dict[int, Tensor] = {}  # of convolutions, in the order their kernels read
         self.statistics: dict[Any, tuple[Tensor, Tensor]] = {}  # of batch norms, as they will be
         self.updates = updates
 
@@ -226,12 +227,25 @@ class Conv(_Weighted):
     ) -> None:
         super().__init__(weight, bias, layer, composite)
         self.geometry = geometry
+        self.arranged: Tensor | None = None  # W as the kernels read it, during redistribution
         self.channels = weight.shape[0 if geometry.transposed else 1]
 
     def forward(self, run: Run) -> Tensor:
-        return F.conv(
-            run.values[self.inputs[0]], self.weight, self.bias, self.geometry, relu=self.relu
-        )
+        x = run.values[self.inputs[0]]
+        kernel = F.conv_weight(x, self.weight, self.geometry)
+        if kernel is not self.weight and self.wants_input and not self.rule.split:
+            run.kernels[self.index] = kernel  # one copy of W serves both directions
+        return F.conv(x, kernel, self.bias, self.geometry, relu=self.relu)
+
+    def redistribute(self, run: Run, reward: Tensor) -> tuple[Tensor | None, ...]:
+        self.arranged = run.kernels.pop(self.index, None)
+        try:
+            return super().redistribute(run, reward)
+        finally:
+            self.arranged = None
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "arranged": self.arranged}
 
     def update(
         self, x: Tensor, z: Tensor, reward: Tensor, weight: Any, bias: Any, rule: Rule, need: bool

@@ -239,16 +239,33 @@ def test_convolution(name, dtype, last, gpu) -> None:
     check(lambda: F.conv_redistribute_update(*arguments, geometry, to_w, to_b, **CHAIN), gpu)
 
 
+def test_the_copy_of_a_weight_serves_both_directions(gpu) -> None:
+    x, weight = values((2, 20, 6, 6), last=True), values((24, 20, 3, 3))
+    geometry = F.ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    kernel = F.conv_weight(x, weight, geometry)
+    assert kernel is not weight and torch.equal(kernel, weight)
+    z = F.conv(x, kernel, None, geometry)
+    back = partial(F.conv_redistribute, x, weight, None, z, z.clone(), geometry, Epsilon())
+    runs = [partial(F.conv, x, kernel, None, geometry), partial(back, arranged=kernel)]
+    for run in runs:
+        assert all(n.kernel != "aten" for c in check(run, gpu).calls for n in c.launches)
+    assert torch.equal(back(arranged=2 * kernel).input, 2 * back().input)  # it is what is read
+    plain = x.contiguous()
+    assert F.conv_weight(plain, weight, geometry) is weight
+
+
 # ---- whole steps
 
 
-@pytest.mark.parametrize("name", ["lenet", "vgg_bn"])
+@pytest.mark.parametrize("name", ["lenet", "vgg_bn", "wide"])
 def test_training_step(name, gpu) -> None:
     """Every launch of a fused step, those of our kernels, is one that the model has."""
     if name == "lenet":
         model, shape = specs.lenet(), (2, 1, 28, 28)
-    else:
+    elif name == "vgg_bn":
         model, shape = specs.vgg_bn(8, (4, 8), (16, 16)), (3, 3, 8, 8)
+    else:  # channels last: forward and back share a copy of W
+        model, shape = specs.vgg_bn(8, (32, 32), (16, 16)), (2, 3, 8, 8)
     step = lfp_kernels.fuse(
         model.train(), lfp_kernels.composites.Epsilon(), optimizer=optim.SGD(1e-3, momentum=0.9)
     )

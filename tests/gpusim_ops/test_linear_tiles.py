@@ -29,11 +29,12 @@ def test_redistribute(shape, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
-@pytest.mark.parametrize("n", [5, 100, 130])
+@pytest.mark.parametrize("n", [5, 50, 100, 130])
 def test_update_in_place(n, spec, dtype) -> None:
     """Both routes, one pass and two products, with every optimizer and states that are in use.
 
-    100 rows are one sum, which tiles of several columns share; 130 may be split.
+    5, 50 and 100 rows take one pass by the kernels of 32, 64 and 128 rows in float32; 100 rows of
+    the others are one sum, which tiles of several columns share; 130 may be split.
     """
     args = case((n,), 72, 65, dtype)
     results = []

@@ -33,7 +33,20 @@ def vgg() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-NETWORKS = {"lenet": (lenet, (6, 1, 16, 16), 10), "vgg": (vgg, (4, 3, 8, 8), 5)}
+def wide() -> nn.Module:
+    """Channels enough for channels last, where both directions read one copy of W."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 40, 3, stride=2, padding=1), nn.BatchNorm2d(40), nn.ReLU(),
+        nn.Conv2d(40, 32, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5),
+    )  # fmt: skip
+
+
+NETWORKS = {
+    "lenet": (lenet, (6, 1, 16, 16), 10),
+    "vgg": (vgg, (4, 3, 8, 8), 5),
+    "wide": (wide, (2, 3, 7, 7), 5),
+}
 OPTIMIZERS = {
     "momentum": optim.SGD(1e-3, momentum=0.9, weight_decay=1e-3),
     "clipped": optim.SGD(1e-2, momentum=0.9, nesterov=True, clip_norm=0.5),

@@ -24,7 +24,7 @@ ONE_PASS = plant(
         "threadIdx.x < K::kRows &&\n        row + threadIdx.x < p.w.rows",
         "threadIdx.x < K::kRows",
     ),
-    ("offset", "static_cast<A>(shared.exact[m][n + k])", "static_cast<A>(shared.exact[n][m + k])"),
+    ("offset", "return shared.w.at(col, row);", "return shared.w.at(row, col);"),
     ("offset", "p.x.fetch(n, col + at)", "p.x.fetch(n, at)"),
 )
 
@@ -47,7 +47,7 @@ HOST = plant(
         "p.weight = {weight, bias, in, rule, packs && weight.aligned(),",
         "p.weight = {weight, bias, in, rule, true,",
     ),
-    ("limit", "n > Kernel::kBatch || in == 0", "in == 0"),
+    ("limit", "if (n > kBatch) return false;", "if (n > 2 * kBatch) return false;"),
     (
         "argument",
         "p.s = signal_operand<T, true>(layer, rule);",

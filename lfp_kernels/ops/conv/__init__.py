@@ -56,10 +56,12 @@ def _triton() -> ModuleType:
     return triton
 
 
-define(
-    f"conv_forward(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, bool relu) -> Tensor",
-    _forward,
-)
+# _tf32: on a GPU alone, float32 tensors whose product rounds to TF32.
+for _name in ("conv_forward", "conv_forward_tf32"):
+    define(
+        f"{_name}(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, bool relu) -> Tensor",
+        _forward,
+    )
 define(
     "conv_redistribute(Tensor x, Tensor weight, Tensor? bias, Tensor z, Tensor reward, "
     f"Tensor? matrix, {_GEOMETRY}, int rule, float[] params, bool need_input, bool need_weight, "

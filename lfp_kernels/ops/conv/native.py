@@ -7,14 +7,29 @@ from torch import Tensor
 
 from ...optim import FROZEN, Update
 from ...rules import RuleCall
+from .. import _cuda
 from .geometry import ConvGeometry
+from .layout import strided_channels_last
 
 _ops = torch.ops.lfp_kernels
+_DIRECT_PAIRS = 16  # kDirectPairs of csrc/cuda/conv_direct.cuh: such layers read W as it lies
+
+
+def arranged(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
+    """W as the kernels read it beside such an x: W itself, or on a GPU, in channels last, a copy
+    with its taps before its channels."""
+    pairs = weight.shape[0] // geometry.groups * weight.shape[1]
+    if not _cuda.is_gpu(x) or not strided_channels_last(x) or pairs <= _DIRECT_PAIRS:
+        return weight
+    layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
+    return weight.contiguous(memory_format=layout)
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, relu: bool
 ) -> Tensor:
+    if _cuda.conv_in_tf32(x):
+        return _ops.conv_forward_tf32.default(x, weight, bias, *geometry, relu)
     return _ops.conv_forward.default(x, weight, bias, *geometry, relu)
 
 
@@ -30,7 +45,7 @@ def redistribute(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     results = _ops.conv_redistribute.default(
         x, weight, bias, z, reward, call.matrix, *geometry, call.rule.code, call.params, *need,
-        call.chain, call.product_dtype,
+        call.chain, _cuda.product_dtype(call.product_dtype, _cuda.conv_in_tf32(x)),
     )  # fmt: skip
     wanted = (need[0], need[1], need[2] and bias is not None)
     input_reward, weight_feedback, bias_feedback = (
@@ -72,6 +87,6 @@ def redistribute_update(
         other.hyper,
         need_input,
         call.chain,
-        call.product_dtype,
+        _cuda.product_dtype(call.product_dtype, _cuda.conv_in_tf32(x)),
     )
     return input_reward if need_input else None

@@ -7,14 +7,11 @@ from torch import Tensor
 
 from ...optim import Update
 from ...rules import DERIVATIVE_BITS, Derivative
+from .. import _cuda
 from ..linear import native as linear
 from . import by_linear
 
 _ops = torch.ops.lfp_kernels
-
-
-def is_gpu(x: Tensor) -> bool:
-    return x.is_cuda
 
 
 def direct_update(
@@ -28,7 +25,7 @@ def direct_update(
     bias_update: Update | None,
     derivative: Derivative | None,
 ) -> None:
-    if is_gpu(x):
+    if _cuda.is_gpu(x):
         return by_linear.direct_update(
             linear, x, weight, bias, error, matrix, activation, weight_update, bias_update,
             derivative,

@@ -51,6 +51,8 @@ def _triton() -> ModuleType:
 
 
 define("linear_forward(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor", _forward)
+# On a GPU alone: float32 tensors whose product rounds to TF32.
+define("linear_forward_tf32(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor", _forward)
 define(
     "linear_redistribute(Tensor x, Tensor weight, Tensor? bias, Tensor z, Tensor reward, "
     "Tensor? matrix, int rule, float[] params, bool need_input, bool need_weight, bool need_bias, "

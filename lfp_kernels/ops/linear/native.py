@@ -7,11 +7,14 @@ from torch import Tensor
 
 from ...optim import FROZEN, Update
 from ...rules import RuleCall
+from .. import _cuda
 
 _ops = torch.ops.lfp_kernels
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    if _cuda.linear_in_tf32(x):
+        return _ops.linear_forward_tf32.default(x, weight, bias, relu)
     return _ops.linear_forward.default(x, weight, bias, relu)
 
 
@@ -26,7 +29,7 @@ def redistribute(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     results = _ops.linear_redistribute.default(
         x, weight, bias, z, reward, call.matrix, call.rule.code, call.params, *need,
-        call.chain, call.product_dtype,
+        call.chain, _cuda.product_dtype(call.product_dtype, _cuda.linear_in_tf32(x)),
     )  # fmt: skip
     wanted = (need[0], need[1], need[2] and bias is not None)
     input_reward, weight_feedback, bias_feedback = (
@@ -66,6 +69,6 @@ def redistribute_update(
         other.hyper,
         need_input,
         call.chain,
-        call.product_dtype,
+        _cuda.product_dtype(call.product_dtype, _cuda.linear_in_tf32(x)),
     )
     return input_reward if need_input else None
