@@ -136,6 +136,11 @@ def update(op: str, name: str, value: Any, param: Tensor) -> Update:
             f"{op}: {name}: expected an lfp_kernels.optim.Update, got {type(value).__name__}; "
             "BoundOptimizer.update_of makes one"
         )
+    if value.live is not None and op != "optimizer_update":
+        raise ValueError(
+            f"{op}: {name}: expected an update known to the host, got one of a capturable "
+            "optimizer, which reads the device; use functional.optimizer_update"
+        )
     if STATES.get(value.code) != len(value.states):
         raise ValueError(
             f"{op}: {name}: expected a code of {STATES} with its number of states, "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,12 +29,14 @@ class SGD:
     ``w -= lr * (d + momentum * m)``). As torch.optim.SGD with dampening 0.
 
     Args:
-        lr: learning rate, >= 0.
+        lr: learning rate, >= 0. A 0-dim tensor on the device of the parameters is read by the
+            update kernel when it runs: a captured CUDA graph then follows a scheduler, which fills
+            it. Updates wait for the end of the fused step then.
         clip_norm: global L2 norm to which the feedback of all parameters is clipped, or None.
             The update must then wait for the norm: the fused step runs in two phases.
     """
 
-    lr: float
+    lr: float | Tensor
     momentum: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
@@ -44,7 +46,7 @@ class SGD:
 
     def __post_init__(self) -> None:
         inf = math.inf
-        _require("SGD", "lr", self.lr, 0, inf, "a finite number >= 0")
+        _require_lr("SGD", self.lr)
         _require("SGD", "momentum", self.momentum, 0, 1, "a number in [0, 1)")
         _require("SGD", "weight_decay", self.weight_decay, 0, inf, "a finite number >= 0")
         _require_clip("SGD", self.clip_norm)
@@ -57,22 +59,26 @@ class AdamW:
     """Adam with decoupled weight decay, as torch.optim.AdamW (eps outside the square root).
 
     Args:
-        lr: learning rate, >= 0.
+        lr: see :class:`SGD`.
         betas: decay rates of the two moments, each in [0, 1).
         clip_norm: see :class:`SGD`.
+        capturable: the count of steps lies on the device, as torch.optim.AdamW has it: a captured
+            CUDA graph corrects the moments by the step that it replays. With a tensor for ``lr``
+            if that changes, too. Updates wait for the end of the fused step.
     """
 
-    lr: float = 1e-3
+    lr: float | Tensor = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-2
     clip_norm: float | None = None
+    capturable: bool = False
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     def __post_init__(self) -> None:
         inf = math.inf
-        _require("AdamW", "lr", self.lr, 0, inf, "a finite number >= 0")
+        _require_lr("AdamW", self.lr)
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise TypeError(f"AdamW: betas: expected two numbers, got {self.betas!r}")
         for beta in self.betas:
@@ -82,12 +88,31 @@ class AdamW:
         _require_clip("AdamW", self.clip_norm)
 
 
+def _require_lr(owner: str, lr: Any) -> None:
+    if isinstance(lr, Tensor):
+        if lr.dim() != 0 or lr.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{owner}: lr: expected a number or a 0-dim float32 or float64 tensor, got "
+                f"{lr.dtype} of shape {tuple(lr.shape)}"
+            )
+        lr = float(lr)
+    _require(owner, "lr", lr, 0, math.inf, "a finite number >= 0")
+
+
 def _require_clip(owner: str, value: float | None) -> None:
     if value is None:
         return
     _require(owner, "clip_norm", value, 0, math.inf, "a finite number > 0 or None")
     if value == 0:
         raise ValueError(f"{owner}: clip_norm: expected a finite number > 0 or None, got 0")
+
+
+class Live(NamedTuple):
+    """What the update reads from the device when it runs, in place of its ``hyper``: the learning
+    rate, and the steps that AdamW has taken; 0-dim, or None where the host knows."""
+
+    lr: Tensor | None
+    step: Tensor | None
 
 
 class Update(NamedTuple):
@@ -100,6 +125,7 @@ class Update(NamedTuple):
     code: int
     hyper: list[float]
     states: list[Tensor]
+    live: Live | None = None
 
 
 def clip_factor(norm: Tensor, clip: float) -> Tensor:
@@ -134,8 +160,13 @@ class BoundOptimizer(torch.optim.Optimizer):
             )
         self.spec = spec
         # The keys of the torch optimizer too, so that it loads this one's state dict.
-        defaults = _TORCH[type(spec)]([torch.zeros(1)], lr=spec.lr).defaults
-        super().__init__(list(params), {**defaults, **asdict(spec)})
+        defaults = _TORCH[type(spec)]([torch.zeros(1)], lr=1.0).defaults
+        own = {field.name: getattr(spec, field.name) for field in fields(spec)}
+        super().__init__(list(params), {**defaults, **own})
+
+    def is_live(self, group: dict[str, Any]) -> bool:
+        """Whether its updates read the device: :func:`functional.optimizer_update` alone can."""
+        return isinstance(group["lr"], Tensor) or bool(group.get("capturable"))
 
     def update_of(self, param: Tensor, group: dict[str, Any], scale: float = 1.0) -> Update:
         """The update that the next step gives ``param``; allocates its states when missing.
@@ -144,21 +175,34 @@ class BoundOptimizer(torch.optim.Optimizer):
             group: the entry of ``param_groups`` that holds ``param``.
             scale: factor on the feedback, such as :meth:`clip_scale`.
         """
-        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        rate, decay = group["lr"], float(group["weight_decay"])
+        live_lr = rate if isinstance(rate, Tensor) else None
+        lr = 0.0 if live_lr is not None else float(rate)
+        live = None if live_lr is None else Live(live_lr, None)
         if isinstance(self.spec, SGD):
             momentum = float(group["momentum"])
             nesterov = float(group["nesterov"])
             hyper = [lr, decay, scale, momentum, nesterov, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
             if momentum == 0:
-                return Update(SGD_PLAIN, hyper, [])
-            return Update(SGD_MOMENTUM, hyper, self._states(param))
+                return Update(SGD_PLAIN, hyper, [], live)
+            return Update(SGD_MOMENTUM, hyper, self._states(param), live)
         beta1, beta2 = group["betas"]
-        count = int(self.state[param].get("step", 0)) + 1
+        count = 1
+        if group["capturable"]:
+            live = Live(live_lr, self._count(param, param.device))
+        else:
+            count += int(self.state[param].get("step", 0))
         rest1, rest2 = 1 - beta1, 1 - beta2
         correction1, correction2 = 1 - beta1**count, 1 - beta2**count
         hyper = [lr, decay, scale, 0.0, 0.0, beta1, beta2, float(group["eps"])]
         hyper += [correction1, correction2, rest1, rest2]
-        return Update(ADAMW, hyper, self._states(param))
+        return Update(ADAMW, hyper, self._states(param), live)
+
+    def _count(self, param: Tensor, device: torch.device) -> Tensor:
+        state = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        return state["step"]
 
     def _states(self, param: Tensor) -> list[Tensor]:
         state = self.state[param]
@@ -171,12 +215,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         """Record that ``params`` were updated, for bias correction and schedulers' order check."""
         self._opt_called = True
         if isinstance(self.spec, AdamW):
-            counts = []
-            for param in params:
-                state = self.state[param]
-                if "step" not in state:
-                    state["step"] = torch.tensor(0.0)
-                counts.append(state["step"])
+            counts = [self._count(param, torch.device("cpu")) for param in params]
             if counts:
                 torch._foreach_add_(counts, 1)
 

@@ -3,7 +3,8 @@
 //   norm = sqrt(sum over all elements v * v)       float64 sums of fixed chunks, then their sum
 // What a launch must know of its tensors travels in its parameters (at most 4 KB): nothing is
 // copied to the device, so a CUDA graph can capture the call. A graph replays the learning rates
-// that it has captured, and reads a scale on the device anew.
+// that it has captured, and reads what is on the device anew: the scale, and in the live form the
+// learning rate and AdamW's count of steps.
 #include "../update_items.h"
 #include "common.cuh"
 
@@ -34,6 +35,7 @@ __device__ const Segment& segment_of(const Segment* segments, int count, int blo
 struct UpdateSegment {
   void *param, *a, *b;  // a, b: null where the optimizer has no such state
   const void* feedback;
+  const float* step;  // live AdamW: steps taken before this one; else null
   int64_t count;
   int32_t first_block;
   int16_t hyper;  // index of its hyper-parameters
@@ -42,13 +44,15 @@ struct UpdateSegment {
 
 template <class A>
 struct UpdateBatch {
-  static constexpr int kSegments = 64, kHypers = 8;
+  static constexpr int kSegments = sizeof(A) == 8 ? 56 : 64, kHypers = 8;
   OptimizerParams<A> hyper[kHypers];
   UpdateSegment segments[kSegments];
   int count, hypers;
   // A factor on all feedback that is on the device; at most one of the two.
   const float* scale;
   const double* wide_scale;
+  const float* lr;  // a learning rate on the device, of all segments; at most one of the two
+  const double* wide_lr;
 };
 static_assert(sizeof(UpdateBatch<double>) <= kParameterBytes);
 
@@ -71,6 +75,15 @@ __device__ __forceinline__ void update_pack(const UpdateSegment& s, int64_t i,
   if constexpr (Optimizer::kStates > 1) store<V>(b, i, second);
 }
 
+// 1 - (1 - rest)^n: rest = 1 - beta is what float32 holds of a beta near 1.
+template <class A>
+__device__ __forceinline__ A correction(A rest, int64_t n) {
+  double power = 1.0, factor = 1.0 - double(rest);
+  for (; n > 0; n >>= 1, factor *= factor)
+    if (n & 1) power *= factor;
+  return static_cast<A>(1.0 - power);
+}
+
 template <class T>
 inline constexpr int64_t kUpdateChunk = kThreads * kWide<T> * kUpdatePacks;
 
@@ -82,6 +95,14 @@ __global__ void __launch_bounds__(kThreads)
   OptimizerParams<Acc<T>> hyper = batch.hyper[s.hyper];
   if (batch.scale) hyper.scale *= static_cast<Acc<T>>(*batch.scale);
   if (batch.wide_scale) hyper.scale *= static_cast<Acc<T>>(*batch.wide_scale);
+  if (batch.lr) hyper.lr = static_cast<Acc<T>>(*batch.lr);
+  if (batch.wide_lr) hyper.lr = static_cast<Acc<T>>(*batch.wide_lr);
+  if constexpr (Optimizer::kStates > 1)
+    if (s.step) {
+      const int64_t now = static_cast<int64_t>(*s.step) + 1;
+      hyper.correction1 = correction(hyper.rest1, now);
+      hyper.correction2 = correction(hyper.rest2, now);
+    }
   const int64_t begin = int64_t(blockIdx.x - s.first_block) * kUpdateChunk<T>;
   const int64_t end = min(begin + kUpdateChunk<T>, s.count);
   const int64_t packed = s.wide ? end - (end - begin) % V : begin;
@@ -96,22 +117,25 @@ template <class T, class Optimizer>
 class Updates {
  public:
   Updates(cudaStream_t stream, const std::optional<Tensor>& scale) : stream_(stream) {
-    if (!scale.has_value()) return;
-    if (scale->scalar_type() == ScalarType::Double)
-      batch_.wide_scale = data<double>(*scale);
-    else
-      batch_.scale = data<float>(*scale);
+    if (scale.has_value()) point(batch_.scale, batch_.wide_scale, *scale);
   }
 
-  void add(const UpdateItem& item) {
+  // lr, step: on the device, or null.
+  void add(const UpdateItem& item, const Tensor* lr, const Tensor* step) {
     const int64_t count = item.param.numel(), blocks = ceil_div(count, kUpdateChunk<T>);
     if (count == 0) return;
     LFP_CHECK(blocks < (int64_t(1) << 30), "optimizer_update", "parameter too large");
     if (batch_.count == batch_.kSegments || blocks_ + blocks >= (int64_t(1) << 31)) launch();
     if (find(item.hyper) < 0 && batch_.hypers == batch_.kHypers) launch();
+    const void* rate = lr ? lr->const_data_ptr() : nullptr;
+    if (rate != rate_) launch();
+    rate_ = rate;
+    batch_.lr = nullptr, batch_.wide_lr = nullptr;
+    if (lr) point(batch_.lr, batch_.wide_lr, *lr);
     UpdateSegment& s = batch_.segments[batch_.count++];
     s.param = data<T>(item.param), s.feedback = data<T>(item.feedback);
     s.a = state<T>(item.states, 0), s.b = state<T>(item.states, 1);
+    s.step = step ? data<float>(*step) : nullptr;
     s.count = count, s.first_block = static_cast<int32_t>(blocks_);
     s.wide = aligned16(static_cast<T*>(s.param), static_cast<const T*>(s.feedback),
                        static_cast<T*>(s.a), static_cast<T*>(s.b));
@@ -139,8 +163,15 @@ class Updates {
     const auto at = std::find(hypers_.begin(), hypers_.end(), hyper);
     return at == hypers_.end() ? -1 : static_cast<int>(at - hypers_.begin());
   }
+  static void point(const float*& narrow, const double*& wide, const Tensor& value) {
+    if (value.scalar_type() == ScalarType::Double)
+      wide = data<double>(value);
+    else
+      narrow = data<float>(value);
+  }
   UpdateBatch<Acc<T>> batch_{};
   std::vector<Params> hypers_;
+  const void* rate_ = nullptr;
   int64_t blocks_ = 0;
   cudaStream_t stream_;
 };
@@ -148,11 +179,16 @@ class Updates {
 constexpr ScalarType kDtypes[] = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16,
                                   ScalarType::Half};
 
-void optimizer_update(std::vector<Tensor> params, std::vector<Tensor> feedback,
-                      std::vector<Tensor> states, Ints codes, Params hyper,
-                      std::optional<Tensor> scale) {
+// lr, steps: one per parameter, or none at all.
+void update_all(const std::vector<Tensor>& params, const std::vector<Tensor>& feedback,
+                const std::vector<Tensor>& states, const Ints& codes, const Params& hyper,
+                const std::optional<Tensor>& scale, const std::vector<Tensor>& lr,
+                const std::vector<Tensor>& steps) {
   const char* op = "optimizer_update";
   const std::vector<UpdateItem> items = update_items(params, feedback, states, codes, hyper);
+  for (const auto* live : {&lr, &steps})
+    LFP_CHECK(live->empty() || live->size() == items.size(), "optimizer_update",
+              "expected one learning rate and one count of steps per parameter");
   if (items.empty()) return;
   const Device device(params[0]);
   for (const ScalarType dtype : kDtypes)
@@ -161,11 +197,28 @@ void optimizer_update(std::vector<Tensor> params, std::vector<Tensor> feedback,
         using T = decltype(element);
         dispatch_optimizer<Acc<T>>(code, op, [&](auto step) {
           Updates<T, decltype(step)> updates(device.stream, scale);
-          for (const UpdateItem& item : items)
-            if (item.param.scalar_type() == dtype && item.code == code) updates.add(item);
+          for (size_t k = 0; k < items.size(); ++k)
+            if (items[k].param.scalar_type() == dtype && items[k].code == code)
+              updates.add(items[k], lr.empty() ? nullptr : &lr[k],
+                          steps.empty() ? nullptr : &steps[k]);
           updates.launch();
         });
       });
+}
+
+void optimizer_update(std::vector<Tensor> params, std::vector<Tensor> feedback,
+                      std::vector<Tensor> states, Ints codes, Params hyper,
+                      std::optional<Tensor> scale) {
+  update_all(params, feedback, states, codes, hyper, scale, {}, {});
+}
+
+// The learning rates (0-dim, float32 or float64) and counts of steps (0-dim float32) are read when
+// the kernel runs, by a replayed graph, too.
+void optimizer_update_live(std::vector<Tensor> params, std::vector<Tensor> feedback,
+                           std::vector<Tensor> states, Ints codes, Params hyper,
+                           std::optional<Tensor> scale, std::vector<Tensor> lr,
+                           std::vector<Tensor> steps) {
+  update_all(params, feedback, states, codes, hyper, scale, lr, steps);
 }
 
 // ---- global norm
@@ -281,5 +334,6 @@ Tensor global_norm(std::vector<Tensor> tensors) {
 
 LFP_REGISTER(m) {
   m.impl("optimizer_update", TORCH_BOX(&lfp::cuda::optimizer_update));
+  m.impl("optimizer_update_live", TORCH_BOX(&lfp::cuda::optimizer_update_live));
   m.impl("global_norm", TORCH_BOX(&lfp::cuda::global_norm));
 }

@@ -50,12 +50,17 @@ def optimizer_update(
     for k, (param, fb, update) in enumerate(zip(params, feedback, updates)):
         _check_pair(op, k, param, fb, params[0])
         check.update(op, f"updates[{k}]", update, param)
+        lr, step = update.live or (None, None)
+        if lr is not None:
+            _check_scalar(op, f"updates[{k}].live.lr", lr, param)
+        if step is not None:
+            _check_scalar(op, f"updates[{k}].live.step", step, param, (torch.float32,))
     if len({id(param) for param in params}) != len(params):
         raise ValueError(
             f"{op}: params: expected every parameter once, got one twice; sum its feedback"
         )
     if scale is not None:
-        _check_scale(op, scale, params[0])
+        _check_scalar(op, "scale", scale, params[0])
     dense = [param.contiguous() for param in params]
     select("update", params[0]).update(dense, feedback, updates, scale)
     for param, copy in zip(params, dense):
@@ -63,16 +68,22 @@ def optimizer_update(
             param.copy_(copy)
 
 
-def _check_scale(op: str, scale: Tensor, like: Tensor) -> None:
-    check.floating(op, "scale", scale)
-    if scale.dim() != 0 or scale.dtype not in (torch.float32, torch.float64):
+_WIDE = (torch.float32, torch.float64)
+
+
+def _check_scalar(
+    op: str, name: str, value: Tensor, like: Tensor, dtypes: tuple[torch.dtype, ...] = _WIDE
+) -> None:
+    check.floating(op, name, value)
+    if value.dim() != 0 or value.dtype not in dtypes:
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
-            f"{op}: scale: expected a 0-dim float32 or float64 tensor, got "
-            f"{scale.dtype} of shape {tuple(scale.shape)}"
+            f"{op}: {name}: expected a 0-dim {kinds} tensor, got "
+            f"{value.dtype} of shape {tuple(value.shape)}"
         )
-    if scale.device != like.device:
+    if value.device != like.device:
         raise ValueError(
-            f"{op}: scale: expected device {like.device} like the parameters, got {scale.device}"
+            f"{op}: {name}: expected device {like.device} like the parameters, got {value.device}"
         )
 
 

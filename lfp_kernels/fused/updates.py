@@ -17,9 +17,10 @@ class Updates:
 
     A parameter is updated inside the pass that makes its feedback when one stage alone uses it and
     no global norm has to be known first. Everything else is set aside and updated by one
-    multi-tensor call at the end: shared parameters (their feedback is summed), small vectors, and
-    all parameters under ``clip_norm`` (phase one: feedback, phase two: norm and update) or with a
-    process group (``buckets``: feedback travels to the other processes while the walk goes on).
+    multi-tensor call at the end: shared parameters (their feedback is summed), small vectors,
+    those whose update reads the device (``capturable``, a tensor for ``lr``), and all parameters
+    under ``clip_norm`` (phase one: feedback, phase two: norm and update) or with a process group
+    (``buckets``: feedback travels to the other processes while the walk goes on).
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Updates:
             self.clip is None
             and self.buckets is None
             and id(parameter) in self.groups
+            and not self.optimizer.is_live(self.groups[id(parameter)])
             and parameter.requires_grad
             and id(parameter) not in self.shared
         )

@@ -12,7 +12,7 @@ from ...backends import register
 from . import native, reference
 
 
-def _optimizer_update(params, feedback, states, codes, hyper, scale) -> None:
+def _optimizer_update(params, feedback, states, codes, hyper, scale, lr=(), steps=()) -> None:
     return None
 
 
@@ -27,10 +27,12 @@ def _triton() -> ModuleType:
     return triton
 
 
-define(
-    "optimizer_update(Tensor(a!)[] params, Tensor[] feedback, Tensor(b!)[] states, int[] codes, "
-    "float[] hyper, Tensor? scale) -> ()",
-    _optimizer_update,
+_ARGUMENTS = (
+    "Tensor(a!)[] params, Tensor[] feedback, Tensor(b!)[] states, int[] codes, float[] hyper, "
+    "Tensor? scale"
 )
+define(f"optimizer_update({_ARGUMENTS}) -> ()", _optimizer_update)
+# On a GPU alone: learning rates and counts of steps that the kernel reads; a list may be empty.
+define(f"optimizer_update_live({_ARGUMENTS}, Tensor[] lr, Tensor[] steps) -> ()", _optimizer_update)
 define("global_norm(Tensor[] tensors) -> Tensor", _global_norm)
 register("update", native=native, triton=_triton, reference=reference)

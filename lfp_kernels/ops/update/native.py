@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ...optim import Update
+from .. import _cuda
+from . import reference
 
 _ops = torch.ops.lfp_kernels
 
@@ -17,6 +19,14 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
 def update(
     params: list[Tensor], feedback: list[Tensor], updates: list[Update], scale: Tensor | None
 ) -> None:
+    lr = [step.live.lr for step in updates if step.live is not None and step.live.lr is not None]
+    steps = [
+        step.live.step for step in updates if step.live is not None and step.live.step is not None
+    ]
+    live = bool(lr or steps)
+    whole = all(len(values) in (0, len(updates)) for values in (lr, steps))
+    if live and not (whole and _cuda.is_gpu(params[0])):
+        return reference.update(params, feedback, updates, scale)
     states: list[Tensor] = []
     codes: list[int] = []
     hyper: list[float] = []
@@ -24,4 +34,6 @@ def update(
         states += step.states
         codes.append(step.code)
         hyper += step.hyper
-    _ops.optimizer_update.default(params, feedback, states, codes, hyper, scale)
+    if not live:
+        return _ops.optimizer_update.default(params, feedback, states, codes, hyper, scale)
+    _ops.optimizer_update_live.default(params, feedback, states, codes, hyper, scale, lr, steps)

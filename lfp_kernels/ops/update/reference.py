@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,15 @@ def apply_update(
 ) -> None:
     """One in-place optimizer step of ``param`` [any shape] along ``feedback`` [same shape], times
     ``factor`` (0-dim) where there is one."""
-    lr, decay, scale, momentum, nesterov, _, beta2, eps, c1, c2, rest1, rest2 = update.hyper
+    hyper: list[Any] = [*update.hyper]
     acc = accumulate_dtype(param.dtype)
+    if update.live is not None:
+        lr, step = update.live
+        if lr is not None:
+            hyper[0] = lr.to(acc)
+        if step is not None:
+            hyper[8:10] = (1 - (1 - rest) ** (step.double() + 1) for rest in hyper[10:12])
+    lr, decay, scale, momentum, nesterov, _, beta2, eps, c1, c2, rest1, rest2 = hyper
     w = param.to(acc)
     ascent = feedback.to(acc) * scale
     if factor is not None:
