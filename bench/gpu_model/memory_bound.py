@@ -67,27 +67,38 @@ def _update_launch(dtype: torch.dtype, code: int) -> Launch:
 
 
 def optimizer_update(a: dict[str, Any], gpu: Gpu) -> list[Launch]:
-    """One launch per 64 tensors or 8 learning rates of one dtype and optimizer."""
+    """One launch per 64 tensors (float64: 56) or 8 rows of hyper-parameters of one dtype and
+    optimizer; with learning rates on the device, per rate, too."""
+    lr, steps = a.get("lr", ()), a.get("steps", ())
     rows = len(a["hyper"]) // max(len(a["params"]), 1)
     items = [
-        (p, f, code, tuple(a["hyper"][k * rows : (k + 1) * rows]))
+        (p, f, code, tuple(a["hyper"][k * rows : (k + 1) * rows]), lr[k] if lr else None)
         for k, (p, f, code) in enumerate(zip(a["params"], a["feedback"], a["codes"]))
     ]
     found = []
     for dtype in DTYPES:
         for code, states in STATES.items():
             hypers: set[tuple] = set()
+            rate_now: Tensor | None = None
+            segments = SEGMENTS - 8 * (dtype == torch.float64)
             launch, count, blocks = _update_launch(dtype, code), 0, 0
-            for p, f, own, hyper in items:
+            for p, f, own, hyper, rate in items:
                 if p.dtype != dtype or own != code or p.numel() == 0:
                     continue
-                if count == SEGMENTS or (hyper not in hypers and len(hypers) == HYPERS):
+                full = count == segments or (hyper not in hypers and len(hypers) == HYPERS)
+                if count and (full or rate is not rate_now):
                     found.append(launch)
                     launch, count, blocks = _update_launch(dtype, code), 0, 0
                     hypers = set()
                 count += 1
+                rate_now = rate
                 hypers.add(hyper)
-                blocks += ceil_div(p.numel(), 256 * wide(p.element_size()) * 2)
+                added = ceil_div(p.numel(), 256 * wide(p.element_size()) * 2)
+                blocks += added
+                if rate is not None:  # every thread reads it
+                    launch.load("lr", 256 * added * rate.element_size(), rate.element_size())
+                if steps and states == 2:
+                    launch.load(f"step {count}", 256 * added * 4, 4)
                 launch.blocks = blocks
                 launch.load(f"feedback {count}", f.nbytes)
                 launch.load(f"param {count}", p.nbytes)
@@ -97,6 +108,10 @@ def optimizer_update(a: dict[str, Any], gpu: Gpu) -> list[Launch]:
             if count:
                 found.append(launch)
     return found
+
+
+def optimizer_update_live(a: dict[str, Any], gpu: Gpu) -> list[Launch]:
+    return optimizer_update(a, gpu)
 
 
 def global_norm(a: dict[str, Any], gpu: Gpu) -> list[Launch]:

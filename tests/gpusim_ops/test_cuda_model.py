@@ -201,6 +201,10 @@ def test_updates_and_norm(gpu) -> None:
         for p in params:
             p.grad = values(p.shape)
         check(bound.step, gpu, warm=True)
+    live = optim.AdamW(torch.tensor(0.1, dtype=torch.float64), capturable=True)
+    bound = BoundOptimizer(live, [{"params": params[:60]}, {"params": params[60:], "lr": 0.1}])
+    bound.param_groups[1]["lr"] = torch.tensor(0.2)
+    check(bound.step, gpu, warm=True)
     tensors = [values((k * 37 % 9001 + 1,)) for k in range(170)]
     check(lambda: F.global_norm([*tensors, values((9000,), torch.bfloat16)]), gpu)
 

@@ -51,6 +51,7 @@ OPTIMIZERS = {
     "momentum": optim.SGD(1e-3, momentum=0.9, weight_decay=1e-3),
     "clipped": optim.SGD(1e-2, momentum=0.9, nesterov=True, clip_norm=0.5),
     "adamw": optim.AdamW(1e-3),
+    "capturable": optim.AdamW(torch.tensor(1e-3, dtype=torch.float64), capturable=True),
 }
 
 
@@ -120,7 +121,8 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, optimizer
         # counts of AdamW, which live on the host
         monkeypatch.setattr("lfp_kernels.functional.reward.torch.aminmax", lambda _: (0, 0))
         monkeypatch.setattr("lfp_kernels.fused.step.check_finite", lambda *_: None)
-        counts = {id(s["step"]) for s in step.optimizer.state.values() if "step" in s}
+        states = () if optimizer == "capturable" else step.optimizer.state.values()
+        counts = {id(s["step"]) for s in states if "step" in s}
         for method in ("item", "__float__", "__int__", "__bool__", "tolist", "numpy"):
             original = getattr(Tensor, method)
 
