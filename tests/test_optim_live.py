@@ -65,6 +65,26 @@ def test_a_replay_follows_rate_and_count(name, backend):
         assert_same([mine.state[p][key] for key in twin.state[q]], twin.state[q].values())
 
 
+@each_backend
+@each_pair
+def test_groups_with_own_rates(name, backend):
+    """Two rates on the device, of two types."""
+    for rates in ((0.1, 0.5), (0.1, 0.1)):
+        results = []
+        for spec, on_device in zip(pairs(name), (True, False)):
+            params = parameters()
+            bound = BoundOptimizer(spec, [{"params": params[:3]}, {"params": params[3:]}])
+            for group, lr, dtype in zip(bound.param_groups, rates, (torch.float64, torch.float32)):
+                known = torch.tensor(lr, dtype=dtype)
+                group["lr"] = known if on_device and "count" not in name else float(known)
+            for k in range(2):
+                set_grads(params, k)
+                with use_backend(backend):
+                    bound.step()
+            results.append(params)
+        assert_same(*results)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_late_corrections_are_exact_in_float32(dtype):
     """1 - 0.999^n for small and large n, from what float32 keeps of 1 - 0.999."""

@@ -118,6 +118,10 @@ UPDATE = plant(
         "speed only: the next launch has idle blocks in front of its first segment; their unsigned "
         "distance to it is near 2^32 chunks, which no tensor has, so their range is empty",
     ),
+    ("count", "static_cast<int64_t>(*s.step) + 1;", "static_cast<int64_t>(*s.step);"),
+    ("rounding", "factor = 1.0 - double(rest);", "factor = double(A(1) - rest);"),
+    ("reduction", "if (n & 1) power *= factor;", "if (n & 1) power = factor;"),
+    ("launch", "    if (rate != rate_) launch();\n", ""),
     ("offset", "        next += blocks;\n", ""),
     ("accumulation", "sum += double(v[k]) * double(v[k]);", "sum += double(v[k] * v[k]);"),
     (
@@ -256,8 +260,9 @@ GROUPS = (
         "Float Double",
     ),
     Group(
-        f"{EDGES} tests/test_update.py tests/test_optim.py -k '(many_tensors or mixed_codes or "
-        "global_norm or steps_like_torch) and not beyond and not reference'",
+        f"{EDGES} tests/test_update.py tests/test_optim.py tests/test_optim_live.py -k "
+        "'(many_tensors or mixed_codes or global_norm or steps_like_torch or replay or corrections "
+        "or own_rates) and not beyond and not reference'",
         UPDATE + COMMON,
         "update.cu",
     ),
