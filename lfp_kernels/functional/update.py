@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
-from ..backends import select
+from ..backends import select, use_backend
 from ..optim import Update
 
 _ = ops  # registers the schemas
@@ -62,10 +63,23 @@ def optimizer_update(
     if scale is not None:
         _check_scalar(op, "scale", scale, params[0])
     dense = [param.contiguous() for param in params]
-    select("update", params[0]).update(dense, feedback, updates, scale)
+    _backend(params, updates).update(dense, feedback, updates, scale)
     for param, copy in zip(params, dense):
         if copy is not param:
             param.copy_(copy)
+
+
+def _backend(params: list[Tensor], updates: list[Update]) -> Any:
+    """The reference where the chosen one cannot read rates and counts on the device: neither
+    waits for it."""
+    chosen = select("update", params[0])
+    if all(update.live is None for update in updates):
+        return chosen
+    takes_live = getattr(chosen, "takes_live", None)
+    if takes_live is not None and takes_live(params, updates):
+        return chosen
+    with use_backend("reference"):
+        return select("update", params[0])
 
 
 _WIDE = (torch.float32, torch.float64)

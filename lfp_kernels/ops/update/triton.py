@@ -10,7 +10,6 @@ from torch import Tensor
 from ...optim import Update
 from ...rules import Gradient
 from .._triton import blocks, finish, launch, load
-from . import reference
 
 _CHUNK = 8192  # fixed, so that the norm does not depend on the device
 _TILE = 2048  # elements in flight per program
@@ -19,8 +18,6 @@ _TILE = 2048  # elements in flight per program
 def update(
     params: list[Tensor], feedback: list[Tensor], updates: list[Update], scale: Tensor | None
 ) -> None:
-    if any(step.live is not None for step in updates):
-        return reference.update(params, feedback, updates, scale)
     if scale is not None:  # one more pass, without asking the device for the value
         feedback = [fb * scale.to(fb.dtype) for fb in feedback]
     for param, fb, step in zip(params, feedback, updates):
