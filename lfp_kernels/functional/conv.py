@@ -63,9 +63,12 @@ def conv_weight(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
     makes such a copy in every call. Who calls it forward and back makes the copy once: it is the
     ``weight`` of :func:`conv` and the ``arranged`` of the other two.
     """
+    backend = select("conv", x)
+    arranges = getattr(backend, "arranges", None)
+    if arranges is None or not arranges(x):
+        return weight
     _check_layer("conv_weight", x, weight, None, geometry)
-    arranged = getattr(select("conv", x), "arranged", None)
-    return weight if arranged is None else arranged(x, weight, geometry)
+    return backend.arranged(weight, geometry)
 
 
 @torch.no_grad()

@@ -15,11 +15,15 @@ _ops = torch.ops.lfp_kernels
 _DIRECT_PAIRS = 16  # kDirectPairs of csrc/cuda/conv_direct.cuh: such layers read W as it lies
 
 
-def arranged(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
-    """W as the kernels read it beside such an x: W itself, or on a GPU, in channels last, a copy
-    with its taps before its channels."""
+def arranges(x: Tensor) -> bool:
+    """Whether the kernels read W in an order of their own beside such an x."""
+    return _cuda.is_gpu(x) and strided_channels_last(x)
+
+
+def arranged(weight: Tensor, geometry: ConvGeometry) -> Tensor:
+    """That order, taps before channels: a copy of W, or W itself where it makes no difference."""
     pairs = weight.shape[0] // geometry.groups * weight.shape[1]
-    if not _cuda.is_gpu(x) or not strided_channels_last(x) or pairs <= _DIRECT_PAIRS:
+    if pairs <= _DIRECT_PAIRS:
         return weight
     layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
     return weight.contiguous(memory_format=layout)
