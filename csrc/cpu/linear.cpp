@@ -152,9 +152,9 @@ void update_weight(const Layer& layer, const Tensor& s, const std::vector<Tensor
       const int64_t groups = (out + kRows - 1) / kRows;
       const int64_t grain = std::max<int64_t>(1, kProductGrain / (n * in * kRows));
       torch::stable::parallel_for(0, groups, grain, [&](int64_t first, int64_t last) {
-        one_pass_rows<Rule, Optimizer>(data<T>(s), data<T>(layer.x), w, state<T>(states, 0),
-                                       state<T>(states, 1), n, in, out, first * kRows,
-                                       std::min(out, last * kRows), p, h);
+        one_pass<Rule, Optimizer>(data<T>(s), data<T>(layer.x), w, state<T>(states, 0),
+                                  state<T>(states, 1), n, in, out, first * kRows,
+                                  std::min(out, last * kRows), p, h);
       });
       return;
     }

@@ -3,35 +3,17 @@
 // have s transposed for it, and pack x again for every tile.
 #pragma once
 
+#include "panels.h"
 #include "small_product.h"
 
 namespace lfp::cpu {
 
 constexpr int64_t kBatchBlock = 256;      // samples packed at a time
 constexpr int64_t kPackedRows = 8;        // rows of the product in registers
-constexpr int64_t kApart = 16;            // elements between packed panels: other cache sets
 constexpr int64_t kLongBatch = 1024;      // where it overtakes the library's product
 constexpr int64_t kMostColumns = 1 << 9;  // of x whose packed block stays in the core's cache
 
 inline bool long_product_pays(int64_t n) { return has_wide_vectors() && n >= kLongBatch; }
-
-// to[panel][k][kWidth] = from[k, panel * kWidth + j], zero beyond `count`, panels kApart apart. A
-// few rows at a time: fewer places are written at once.
-template <int64_t kWidth, class P>
-LFP_CLONES void pack_panels(const P* from, int64_t stride, int64_t depth, int64_t count, P* to) {
-  constexpr int64_t kRowsAtOnce = 8;
-  for (int64_t k0 = 0; k0 < depth; k0 += kRowsAtOnce) {
-    const int64_t k1 = std::min(depth, k0 + kRowsAtOnce);
-    int64_t c = 0;
-    P* panel = to;
-    for (; c + kWidth <= count; c += kWidth, panel += depth * kWidth + kApart)
-      for (int64_t k = k0; k < k1; ++k)
-        for (int64_t j = 0; j < kWidth; ++j) panel[k * kWidth + j] = from[k * stride + c + j];
-    for (int64_t k = k0; c < count && k < k1; ++k)
-      for (int64_t j = 0; j < kWidth; ++j)
-        panel[k * kWidth + j] = c + j < count ? from[k * stride + c + j] : P(0);
-  }
-}
 
 // sums[count] += sum_k from[k, count], in float64: the sums of a bias cancel.
 template <class P>
@@ -51,9 +33,9 @@ class LongProduct {
         n_(x.size(0)),
         in_(x.size(1)),
         out_(s.size(1)),
-        left_(packed<kPackedRows>(rows)),
-        right_(packed<kStrip<P>>(std::min(kMostColumns, in_))),
-        tile_(panels<kPackedRows>(rows) * kPackedRows * padded<P>(in_)) {}
+        left_(scratch<P>(packed_size<kPackedRows>(kBatchBlock, rows))),
+        right_(scratch<P>(packed_size<kStrip<P>>(kBatchBlock, std::min(kMostColumns, in_)))),
+        tile_(scratch<P>((rows + kPackedRows - 1) / kPackedRows * kPackedRows * padded<P>(in_))) {}
 
   // [rows, I] from column `begin` of s on; sums[rows], where not null, of those columns.
   const P* tile(int64_t begin, int64_t rows, double* sums) {
@@ -63,34 +45,24 @@ class LongProduct {
       for (int64_t k = 0; k < n_; k += kBatchBlock) {
         const int64_t depth = std::min(kBatchBlock, n_ - k);
         const P* s = s_ + k * out_ + begin;
-        pack_panels<kPackedRows>(s, out_, depth, rows, left_.data());
-        pack_panels<kStrip<P>>(x_ + k * in_ + left, in_, depth, columns, right_.data());
-        multiply(rows, columns, depth, tile_.data() + left, width, k > 0);
+        pack_panels<kPackedRows>(s, out_, depth, rows, left_.get());
+        pack_panels<kStrip<P>>(x_ + k * in_ + left, in_, depth, columns, right_.get());
+        multiply(rows, columns, depth, tile_.get() + left, width, k > 0);
         if (sums && left == 0) add_column_sums(s, out_, depth, rows, sums);
       }
     }
     if (width != in_)
       for (int64_t r = 1; r < rows; ++r)
-        std::copy_n(tile_.data() + r * width, in_, tile_.data() + r * in_);
-    return tile_.data();
+        std::copy_n(tile_.get() + r * width, in_, tile_.get() + r * in_);
+    return tile_.get();
   }
 
  private:
-  template <int64_t kWidth>
-  static int64_t panels(int64_t count) {
-    return (count + kWidth - 1) / kWidth;
-  }
-
-  template <int64_t kWidth>
-  static int64_t packed(int64_t count) {
-    return panels<kWidth>(count) * (kBatchBlock * kWidth + kApart);
-  }
-
   void multiply(int64_t rows, int64_t columns, int64_t depth, P* to, int64_t width, bool add) {
-    const P* b = right_.data();
-    for (int64_t c = 0; c < columns; c += kStrip<P>, b += depth * kStrip<P> + kApart) {
-      const P* a = left_.data();
-      for (int64_t r = 0; r < rows; r += kPackedRows, a += depth * kPackedRows + kApart)
+    const P* b = right_.get();
+    for (int64_t c = 0; c < columns; c += kStrip<P>, b += depth * kStrip<P>) {
+      const P* a = left_.get();
+      for (int64_t r = 0; r < rows; r += kPackedRows, a += depth * kPackedRows)
         product_({a, 1, kPackedRows}, kPackedRows, b, kStrip<P>, depth, to + r * width + c, width,
                  kStrip<P>, add);
     }
@@ -99,7 +71,7 @@ class LongProduct {
   const P *s_, *x_;
   int64_t n_, in_, out_;
   SmallProduct<P> product_ = small_product<P>();
-  std::vector<P> left_, right_, tile_;
+  Scratch<P> left_, right_, tile_;
 };
 
 }  // namespace lfp::cpu

@@ -1,9 +1,8 @@
 #include "packed_product.h"
 
 #include <cstring>
-#include <memory>
-#include <new>
 
+#include "panels.h"
 #include "small_product.h"
 
 namespace lfp::cpu {
@@ -13,18 +12,6 @@ constexpr int64_t kTileColumns = 256;    // of float32; B's packed block stays i
 constexpr int64_t kShallowTile = 61440;  // and so does a tile that is written once
 constexpr int64_t kDeepTile = 1 << 18;   // one that is added to need not
 constexpr int64_t kMostRows = 960, kLeastRows = 48;
-
-template <class A>
-struct Aligned {
-  void operator()(A* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-template <class A>
-using Scratch = std::unique_ptr<A[], Aligned<A>>;
-
-template <class A>
-Scratch<A> scratch(int64_t elements) {
-  return Scratch<A>(static_cast<A*>(::operator new(elements * sizeof(A), std::align_val_t(64))));
-}
 
 // c[R][two vectors] += a[R][depth] b[depth][two vectors]
 template <class Vector, int64_t R, class A>

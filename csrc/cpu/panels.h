@@ -1,0 +1,49 @@
+// Operands of a product in the order in which it reads them: panels of a few columns, depth first.
+// Rows of a matrix lie a power of two apart, and would fight for the sets of a cache.
+#pragma once
+
+#include <memory>
+#include <new>
+
+#include "loops.h"
+
+namespace lfp::cpu {
+
+// Memory that begins with a cache line: a vector of 64 bytes is then one line.
+template <class A>
+struct Aligned {
+  void operator()(A* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+template <class A>
+using Scratch = std::unique_ptr<A[], Aligned<A>>;
+
+template <class A>
+Scratch<A> scratch(int64_t elements) {
+  return Scratch<A>(static_cast<A*>(::operator new(elements * sizeof(A), std::align_val_t(64))));
+}
+
+// Elements that `count` columns of `depth` rows take.
+template <int64_t kWidth>
+constexpr int64_t packed_size(int64_t depth, int64_t count) {
+  return (count + kWidth - 1) / kWidth * depth * kWidth;
+}
+
+// to[panel][k][kWidth] = from[k, panel * kWidth + j], zero beyond `count`. A few rows at a time:
+// fewer places are written at once.
+template <int64_t kWidth, class P>
+LFP_CLONES void pack_panels(const P* from, int64_t stride, int64_t depth, int64_t count, P* to) {
+  constexpr int64_t kRowsAtOnce = 8;
+  for (int64_t k0 = 0; k0 < depth; k0 += kRowsAtOnce) {
+    const int64_t k1 = std::min(depth, k0 + kRowsAtOnce);
+    int64_t c = 0;
+    P* panel = to;
+    for (; c + kWidth <= count; c += kWidth, panel += depth * kWidth)
+      for (int64_t k = k0; k < k1; ++k)
+        for (int64_t j = 0; j < kWidth; ++j) panel[k * kWidth + j] = from[k * stride + c + j];
+    for (int64_t k = k0; c < count && k < k1; ++k)
+      for (int64_t j = 0; j < kWidth; ++j)
+        panel[k * kWidth + j] = c + j < count ? from[k * stride + c + j] : P(0);
+  }
+}
+
+}  // namespace lfp::cpu
