@@ -138,7 +138,7 @@ void one_pass(const float* s, const float* x, float* w, float* a, float* b, int6
   const auto right = scratch<float>(packed_size<kBlock>(n, std::min(kPanel, in)));
   for (int64_t o = begin; o < end; o += step)
     one_pass_rows<Rule, Optimizer>(s, x, w, a, b, n, in, out, o, std::min(end, o + step), p, h,
-                                   left, right);
+                                   left.get(), right.get());
 }
 
 #endif  // LFP_ONE_PASS
