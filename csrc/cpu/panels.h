@@ -2,25 +2,9 @@
 // Rows of a matrix lie a power of two apart, and would fight for the sets of a cache.
 #pragma once
 
-#include <memory>
-#include <new>
-
-#include "loops.h"
+#include "scratch.h"
 
 namespace lfp::cpu {
-
-// Memory that begins with a cache line: a vector of 64 bytes is then one line.
-template <class A>
-struct Aligned {
-  void operator()(A* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-template <class A>
-using Scratch = std::unique_ptr<A[], Aligned<A>>;
-
-template <class A>
-Scratch<A> scratch(int64_t elements) {
-  return Scratch<A>(static_cast<A*>(::operator new(elements * sizeof(A), std::align_val_t(64))));
-}
 
 // Elements that `count` columns of `depth` rows take.
 template <int64_t kWidth>

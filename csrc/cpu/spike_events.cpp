@@ -209,8 +209,7 @@ void collect(const int32_t* places, int64_t count, const int64_t* offsets, int64
 template <class A>
 SpikeWalks<A> spike_walks_of_this_processor() {
 #if LFP_ONE_PASS
-  static const bool wide = __builtin_cpu_supports("x86-64-v4");
-  if (wide) return {add<A, true>, collect<A, true>};
+  if (has_wide_vectors()) return {add<A, true>, collect<A, true>};
 #endif
   return {add<A, false>, collect<A, false>};
 }

@@ -12,10 +12,7 @@
 // image of samples.
 #pragma once
 
-#include <memory>
-#include <new>
-
-#include "loops.h"
+#include "scratch.h"
 
 namespace lfp::cpu {
 
@@ -26,19 +23,6 @@ constexpr int64_t kMostSums = 8;    // sums of an output pixel in registers
 template <class A>
 constexpr int64_t kSpikeLanes = 64 / sizeof(A);  // output channels of a vector
 
-template <class A>
-struct FreeAligned {
-  void operator()(A* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-template <class A>
-using Buffer = std::unique_ptr<A[], FreeAligned<A>>;
-
-template <class A>
-Buffer<A> buffer(int64_t elements) {
-  const auto bytes = static_cast<size_t>(std::max<int64_t>(elements, 1)) * sizeof(A);
-  return Buffer<A>(static_cast<A*>(::operator new(bytes, std::align_val_t(64))));
-}
-
 // Memory that grows without keeping or clearing what it holds.
 template <class A>
 class Growing {
@@ -46,13 +30,13 @@ class Growing {
   void reserve_for(int64_t elements) {
     if (elements <= size_) return;
     memory_.reset();
-    memory_ = buffer<A>(size_ = elements);
+    memory_ = scratch<A>(size_ = elements);
   }
   A* data() const { return memory_.get(); }
 
  private:
   int64_t size_ = 0;
-  Buffer<A> memory_;
+  Scratch<A> memory_;
 };
 
 // The layer, how its images are cut into blocks of rows, and how its output channels are cut.

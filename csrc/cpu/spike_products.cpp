@@ -15,8 +15,8 @@ struct OutputStrides {
   int64_t step, sample, output, row, pixel;
 };
 template <class A>
-Buffer<A> zeros(int64_t elements) {
-  auto memory = buffer<A>(elements);
+Scratch<A> zeros(int64_t elements) {
+  auto memory = scratch<A>(elements);
   std::fill_n(memory.get(), elements, A(0));
   return memory;
 }
@@ -99,7 +99,7 @@ struct Feedback {
   const A *packed, *signal;
   OutputStrides stride;
   A* input = nullptr;                          // [T, N, H, W, C]
-  std::vector<Buffer<A>> weight_sums;          // per part, packed
+  std::vector<Scratch<A>> weight_sums;         // per part, packed
   std::vector<std::vector<double>> bias_sums;  // per part
 };
 

@@ -39,10 +39,10 @@ void for_each_square(const SpikeLayer& layer, const Packing& packing, int64_t bl
 }
 
 template <class A>
-Buffer<A> pack_weights(const SpikeLayer& layer, const Packing& packing, const A* w,
-                       const WeightStrides& stride) {
+Scratch<A> pack_weights(const SpikeLayer& layer, const Packing& packing, const A* w,
+                        const WeightStrides& stride) {
   const int64_t width = layer.block_channels(), block_size = packing.all * width;
-  auto packed = buffer<A>(layer.blocks * block_size);
+  auto packed = scratch<A>(layer.blocks * block_size);
   std::vector<int64_t> from;
   for (int64_t c = 0; c < layer.channels; ++c)
     for (int64_t k = 0; k < layer.taps(); ++k)
@@ -69,7 +69,7 @@ Buffer<A> pack_weights(const SpikeLayer& layer, const Packing& packing, const A*
 // The sums of all parts, in order, times |W|, as [O, C, kh, kw].
 template <class A>
 void finish_weights(const SpikeLayer& layer, const Packing& packing, const A* packed,
-                    const std::vector<Buffer<A>>& parts, bool magnitude, A* out) {
+                    const std::vector<Scratch<A>>& parts, bool magnitude, A* out) {
   const int64_t width = layer.block_channels(), rows = packing.rows.size();
   parallel_items(layer.blocks, rows * width, [&](int64_t a, int64_t b) {
     for (int64_t block = a; block < b; ++block)
