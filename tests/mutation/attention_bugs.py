@@ -112,7 +112,11 @@ TRITON = plant(
      "most + tl.log(tl.where(seen, total, 1.0))"),
     ("rounding", "            out = multiply(p - rounded.to(acc), v, out, MODE)\n", ""),
     ("prologue", "s = s.to(acc) / (2 * stabilize(out, eps.to(acc)))", "s = s.to(acc) / (2 * out)"),
-    ("barrier", "tl.debug_barrier()  # s is read again, by other threads", "pass"),
+    ("barrier", "tl.debug_barrier()  # s is read again, by other threads", "pass",
+     "equivalent as compiled: in the PTX for sm_80 of float32 and float64 (the types that read s "
+     "again there), at every pair of padded head widths and for aligned and other strides, one of "
+     "the barriers with which Triton sums delta or changes its layout stands between the store of "
+     "s and the store of delta, so before s is read; the source must not rely on it"),
     ("fused", "tl.sum(tl.where(inside, s.to(acc) * out, 0.0), 1)", "tl.sum(s.to(acc) * out, 1)"),
     ("visited", "        first = start // M * M\n", "        first = start + M\n"),
     ("heads", "range(kv * shared, kv * shared + shared)", "range(kv * shared, kv * shared + 1)"),
