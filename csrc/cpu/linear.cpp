@@ -89,12 +89,10 @@ template <class P>
 void column_sums(const Tensor& s, double* sums) {
   const int64_t n = s.size(0), out = s.size(1);
   const P* sp = data<P>(s);
-  torch::stable::parallel_for(
-      0, out, std::max<int64_t>(64, kGrain / std::max<int64_t>(n, 1)),
-      [&](int64_t begin, int64_t end) {
-        for (int64_t k = 0; k < n; ++k)
-          serial_loop(begin, end, [=](int64_t o) { sums[o] += double(load(sp, k * out + o)); });
-      });
+  torch::stable::parallel_for(0, out, std::max<int64_t>(64, kGrain / std::max<int64_t>(n, 1)),
+                              [&](int64_t begin, int64_t end) {
+                                add_column_sums(sp + begin, out, n, end - begin, sums + begin);
+                              });
 }
 
 Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,

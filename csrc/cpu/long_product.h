@@ -20,7 +20,7 @@ template <class P>
 LFP_CLONES void add_column_sums(const P* from, int64_t stride, int64_t depth, int64_t count,
                                 double* sums) {
   for (int64_t k = 0; k < depth; ++k)
-    for (int64_t o = 0; o < count; ++o) sums[o] += double(from[k * stride + o]);
+    for (int64_t o = 0; o < count; ++o) sums[o] += double(load(from, k * stride + o));
 }
 
 // What one thread works in: tiles of s[N, O]^T x[N, I].

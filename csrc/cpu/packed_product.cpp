@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "panels.h"
+#include "scratch.h"
 #include "small_product.h"
 
 namespace lfp::cpu {
