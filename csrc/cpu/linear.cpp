@@ -3,6 +3,7 @@
 //   r_in     = input_epilogue(s W, x)         [N, I]
 //   feedback = weight_epilogue(s^T x, W)      [O, I],  bias: weight_epilogue(sum_n s, b)
 // The update form applies feedback to W tile by tile, right behind the product of that tile.
+#include "input_product.h"
 #include "linear_layer.h"
 #include "one_pass.h"
 #include "update.h"
@@ -68,6 +69,17 @@ Tensor redistribute_input(const Layer& layer, const Tensor& s) {
   const Matrix kind = RuleCode(layer.call.rule).matrix;
   if (kind != Matrix::kWeight && kind != Matrix::kGiven) return linear_formed_input(layer, s);
   const Tensor& m = kind == Matrix::kGiven ? *layer.matrix : layer.weight;
+#if LFP_WIDE
+  if constexpr (std::is_same_v<P, BFloat16>)
+    if (input_product_pays<P>(layer.n(), layer.in(), layer.out())) {
+      Tensor g = torch::stable::empty_like(layer.x);
+      with_input_epilogue<T>(layer.call, [&](auto finish) {
+        input_product(data<P>(s), data<T>(m), data<T>(layer.x), data<T>(g), layer.n(), layer.in(),
+                      layer.out(), finish);
+      });
+      return g;
+    }
+#endif
   if constexpr (std::is_same_v<T, P>) return input_whole<T>(layer, s, m);
   return input_converted<T, P>(layer, s, m);
 }
@@ -143,20 +155,14 @@ void update_weight(const Layer& layer, const Tensor& s, const std::vector<Tensor
                    RuleParams<Acc<T>> p, OptimizerParams<Acc<T>> h, double* sums) {
   T* w = data<T>(layer.weight);
   const int64_t n = layer.n(), in = layer.in(), out = layer.out();
-#if LFP_ONE_PASS
-  if constexpr (std::is_same_v<T, float> && std::is_same_v<P, float>) {
-    if (one_pass_pays(n, in, out)) {
+#if LFP_WIDE
+  if constexpr (std::is_same_v<P, float> || std::is_same_v<P, BFloat16>)
+    if (one_pass_pays<P>(n, in, out)) {
       if (sums) column_sums<P>(s, sums);
-      const int64_t groups = (out + kRows - 1) / kRows;
-      const int64_t grain = std::max<int64_t>(1, kProductGrain / (n * in * kRows));
-      torch::stable::parallel_for(0, groups, grain, [&](int64_t first, int64_t last) {
-        one_pass<Rule, Optimizer>(data<T>(s), data<T>(layer.x), w, state<T>(states, 0),
-                                  state<T>(states, 1), n, in, out, first * kRows,
-                                  std::min(out, last * kRows), p, h);
-      });
-      return;
+      const UpdateBlocks<T, Rule, Optimizer> update{w, state<T>(states, 0), state<T>(states, 1), p,
+                                                    h};
+      return one_pass<P>(data<P>(s), data<T>(layer.x), update, n, in, out);
     }
-  }
 #endif
   if (sums && in == 0) column_sums<P>(s, sums);
   signal_tiles<P>(s, as_product_type<T, P>(layer.x), sums,

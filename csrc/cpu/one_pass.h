@@ -1,146 +1,131 @@
-// One pass over W: the weight product of a block of W stays in registers, and the weight epilogue
-// and the optimizer step follow at once. W and the optimizer's states are read once and written
-// once; nothing of the size of W exists besides.
+// One pass over W: the weight product of a block of W stays in registers, and what is done with it
+// (the weight epilogue, and an optimizer step or a store) follows at once. W and the optimizer's
+// states are read once and written once; nothing of the size of W exists besides.
 //
-// For float32 on processors with AVX-512, up to batches of 512. Elsewhere, and for longer batches,
-// the tiles of weight_tiles.h.
+// For processors with AVX-512, up to batches of 512 samples (1024 in bfloat16). Elsewhere, and for
+// longer batches, the tiles of weight_tiles.h.
 #pragma once
 
-#include "panels.h"
+#include <array>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define LFP_ONE_PASS 1
-#define LFP_V4 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
-#else
-#define LFP_ONE_PASS 0
-#endif
+#include "update.h"
+#include "wide_product.h"
 
 namespace lfp::cpu {
 
-// Whether this processor runs what is marked LFP_V4.
-inline bool has_wide_vectors() {
-#if LFP_ONE_PASS
-  static const bool wide = __builtin_cpu_supports("x86-64-v4");
-  return wide;
-#else
-  return false;
-#endif
-}
-
-constexpr int64_t kOnePassBatch = 512;        // beyond it x and s no longer stay in a core's cache
+constexpr int64_t kOnePassSteps = 512;  // beyond them x and s no longer stay in a core's cache
 constexpr int64_t kOnePassWeights = 1 << 18;  // fewer are not worth packing x and s
 
-inline bool one_pass_pays(int64_t n, int64_t in, int64_t out) {
-  return has_wide_vectors() && n > 0 && n <= kOnePassBatch && in * out >= kOnePassWeights;
+// P: the type of the products.
+template <class P>
+bool one_pass_pays(int64_t n, int64_t in, int64_t out) {
+  constexpr bool pairs = std::is_same_v<P, BFloat16>;
+  if (!(std::is_same_v<P, float> ? has_wide_vectors() : pairs && has_wide_pairs())) return false;
+  return n > 0 && n <= kOnePassSteps * (pairs ? 2 : 1) && in * out >= kOnePassWeights;
 }
 
-#if LFP_ONE_PASS
-
-constexpr int64_t kRows = 8;     // rows of W in registers
-constexpr int64_t kLanes = 16;   // floats of a vector
-constexpr int64_t kVectors = 2;  // vectors of a row in registers: 8 x 2 accumulators
-constexpr int64_t kBlock = kVectors * kLanes;
-constexpr int64_t kPanel = 8 * kBlock;      // columns whose packed x stays in the core's cache
-constexpr int64_t kPackedSignal = 1 << 19;  // elements of s packed at a time
-
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-
-// What a block's product brings into cache while it is computed: the next block's weights and
-// states, a line per sample, since the misses would stall the product if they came all at once.
-// Into the second-level cache: the first is full of x and s.
-template <int64_t kArrays>
-struct Ahead {
-  const float* from[kArrays];
-  int64_t stride;  // between rows
-  static constexpr int64_t kEach = kRows * kVectors, kLines = kArrays * kEach;
-  LFP_HD void fetch(int64_t line) const {
-    const float* at = from[line / kEach] + line / kVectors % kRows * stride;
-    __builtin_prefetch(at + line % kVectors * kLanes, 1, 2);
+// Blocks of feedback go into the optimizer's step of W and its states a, b (null where the
+// optimizer has none).
+template <class T, class Rule, class Optimizer>
+struct UpdateBlocks {
+  using Element = T;
+  T *w, *a, *b;
+  RuleParams<float> p;
+  OptimizerParams<float> h;
+  static constexpr int64_t kArrays = 1 + Optimizer::kStates;
+  std::array<const T*, 3> read() const { return {w, a, b}; }
+  LFP_HD void operator()(const float* product, int64_t at, int64_t count) const {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i)
+      update_one<Rule, Optimizer>(product[i], w, a, b, at + i, p, h);
   }
 };
 
-// product[kRows][kBlock] = s^T x for packed s [n][kRows] and x [n][kBlock].
-template <class Ahead>
-LFP_V4 inline void block_product(const float* s, const float* x, int64_t n, float* product,
-                                 Ahead ahead) {
-  Vector sum[kRows][kVectors] = {};
-  for (int64_t line = n; line < Ahead::kLines; ++line) ahead.fetch(line);
-  for (int64_t k = 0; k < n; ++k, s += kRows, x += kBlock) {
-    if (k < Ahead::kLines) ahead.fetch(k);
-    Vector v[kVectors];
-#pragma GCC unroll 8
-    for (int64_t j = 0; j < kVectors; ++j) v[j] = *reinterpret_cast<const Vector*>(x + j * kLanes);
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int64_t j = 0; j < kVectors; ++j) sum[r][j] += s[r] * v[j];
-  }
-#pragma GCC unroll 8
-  for (int64_t r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int64_t j = 0; j < kVectors; ++j)
-      *reinterpret_cast<Vector*>(product + r * kBlock + j * kLanes) = sum[r][j];
-}
-
-// One optimizer step of `count` weights of a row, whose states are a and b.
-template <class Rule, class Optimizer>
-LFP_V4 inline void update_row(const float* product, float* w, float* a, float* b, int64_t count,
-                              RuleParams<float> p, OptimizerParams<float> h) {
+// Blocks of feedback are stored.
+template <class T, class Rule>
+struct StoreBlocks {
+  using Element = T;
+  const T* w;
+  T* feedback;
+  RuleParams<float> p;
+  static constexpr int64_t kArrays = 1;
+  std::array<const T*, 1> read() const { return {w}; }
+  LFP_HD void operator()(const float* product, int64_t at, int64_t count) const {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) {
-    float weight = w[i], first = 0, second = 0;
-    if constexpr (Optimizer::kStates > 0) first = a[i];
-    if constexpr (Optimizer::kStates > 1) second = b[i];
-    Optimizer::apply(Rule::weight_epilogue(product[i], weight, p), weight, first, second, h);
-    w[i] = weight;
-    if constexpr (Optimizer::kStates > 0) a[i] = first;
-    if constexpr (Optimizer::kStates > 1) b[i] = second;
+    for (int64_t i = 0; i < count; ++i)
+      store(feedback, at + i, Rule::weight_epilogue(product[i], load(w, at + i), p));
   }
-}
+};
 
-// Rows [begin, end) of W[out, in] and its states, with scratch for them: s[n, out], x[n, in].
-template <class Rule, class Optimizer>
-LFP_V4 void one_pass_rows(const float* s, const float* x, float* w, float* a, float* b, int64_t n,
-                          int64_t in, int64_t out, int64_t begin, int64_t end, RuleParams<float> p,
-                          OptimizerParams<float> h, float* left, float* right) {
+#if LFP_WIDE
+
+constexpr int64_t kPanel = 8 * kBlock;      // columns whose packed x stays in the core's cache
+constexpr int64_t kPackedSignal = 1 << 19;  // elements of s packed at a time
+
+// What a block's product brings into cache while it is computed: the next block of the arrays that
+// `finish` reads, a line per step, since the misses would stall the product if they came all at
+// once. Into the second-level cache: the first is full of x and s.
+template <class Finish>
+struct NextBlock {
+  using T = typename Finish::Element;
+  static constexpr int64_t kLine = 64 / sizeof(T), kOfRow = kBlock / kLine;  // of a cache line
+  static constexpr int64_t kEach = kRows * kOfRow, kLines = Finish::kArrays * kEach;
+  const T* first[kLines];  // the lines of the first block
+  int64_t at = 0;          // of this one
+  NextBlock(const Finish& finish, int64_t stride) {
+    const auto arrays = finish.read();
+    for (int64_t i = 0; i < kLines; ++i)
+      first[i] = arrays[i / kEach] + i / kOfRow % kRows * stride + i % kOfRow * kLine;
+  }
+  LFP_HD static int64_t lines() { return kLines; }
+  LFP_HD void fetch(int64_t line) const { __builtin_prefetch(first[line] + at, 1, 2); }
+};
+
+// Rows [begin, end) of W[out, in], with scratch for them: s[n, out], x[n, in].
+template <class Factors, class S, class X, class Finish>
+LFP_V4 void one_pass_rows(const S* s, const X* x, Finish finish, int64_t n, int64_t in, int64_t out,
+                          int64_t begin, int64_t end, typename Factors::Packed* left,
+                          typename Factors::Packed* right) {
   alignas(64) float product[kRows * kBlock];
-  pack_panels<kRows>(s + begin, out, n, end - begin, left);
+  const int64_t steps = Factors::steps(n);
+  NextBlock<Finish> next(finish, in);
+  Factors::template pack<kRows>(s + begin, out, n, end - begin, left);
   for (int64_t i0 = 0; i0 < in; i0 += kPanel) {
     const int64_t width = std::min(kPanel, in - i0);
-    pack_panels<kBlock>(x + i0, in, n, width, right);
+    Factors::template pack<kBlock>(x + i0, in, n, width, right);
     for (int64_t o = begin; o < end; o += kRows) {
       const int64_t rows = std::min(kRows, end - o);
-      const float* signal = left + packed_size<kRows>(n, o - begin);
+      const auto* signal = left + packed_size<kRows>(steps, o - begin);
       for (int64_t c = 0; c < width; c += kBlock) {
         const int64_t count = std::min(kBlock, width - c), at = o * in + i0 + c;
-        const int64_t next = o + kRows < end ? at + kRows * in : at;
-        Ahead<1 + Optimizer::kStates> ahead{{w + next}, in};
-        if constexpr (Optimizer::kStates > 0) ahead.from[1] = a + next;
-        if constexpr (Optimizer::kStates > 1) ahead.from[2] = b + next;
-        block_product(signal, right + packed_size<kBlock>(n, c), n, product, ahead);
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t row = at + r * in;
-          update_row<Rule, Optimizer>(product + r * kBlock, w + row, a ? a + row : nullptr,
-                                      b ? b + row : nullptr, count, p, h);
-        }
+        next.at = o + kRows < end ? at + kRows * in : at;
+        block_product<Factors, false>(signal, right + packed_size<kBlock>(steps, c), steps, product,
+                                      kBlock, next);
+        for (int64_t r = 0; r < rows; ++r) finish(product + r * kBlock, at + r * in, count);
       }
     }
   }
 }
 
-// All rows from `begin` to `end`, a few at a time: s is not held packed whole.
-template <class Rule, class Optimizer>
-void one_pass(const float* s, const float* x, float* w, float* a, float* b, int64_t n, int64_t in,
-              int64_t out, int64_t begin, int64_t end, RuleParams<float> p,
-              OptimizerParams<float> h) {
-  const int64_t step = std::max(kRows, kPackedSignal / n / kRows * kRows);
-  const auto left = scratch<float>(packed_size<kRows>(n, std::min(step, end - begin)));
-  const auto right = scratch<float>(packed_size<kBlock>(n, std::min(kPanel, in)));
-  for (int64_t o = begin; o < end; o += step)
-    one_pass_rows<Rule, Optimizer>(s, x, w, a, b, n, in, out, o, std::min(end, o + step), p, h,
-                                   left.get(), right.get());
+// All of W, spread over the threads; s is packed a few rows of W at a time, not whole.
+template <class P, class S, class X, class Finish>
+void one_pass(const S* s, const X* x, Finish finish, int64_t n, int64_t in, int64_t out) {
+  using Factors = std::conditional_t<std::is_same_v<P, float>, Floats, Pairs>;
+  using Packed = typename Factors::Packed;
+  const int64_t groups = (out + kRows - 1) / kRows;
+  const int64_t grain = std::max<int64_t>(1, kProductGrain / (n * in * kRows));
+  torch::stable::parallel_for(0, groups, grain, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kRows, end = std::min(out, last * kRows);
+    const int64_t steps = Factors::steps(n);
+    const int64_t most = std::max(kRows, kPackedSignal / n / kRows * kRows);
+    const auto left = scratch<Packed>(packed_size<kRows>(steps, std::min(most, end - begin)));
+    const auto right = scratch<Packed>(packed_size<kBlock>(steps, std::min(kPanel, in)));
+    for (int64_t o = begin; o < end; o += most)
+      one_pass_rows<Factors>(s, x, finish, n, in, out, o, std::min(end, o + most), left.get(),
+                             right.get());
+  });
 }
 
-#endif  // LFP_ONE_PASS
+#endif  // LFP_WIDE
 
 }  // namespace lfp::cpu

@@ -28,7 +28,7 @@ LFP_CLONES void multiply_portable(const A* a, const A* b, int64_t depth, A* c, i
       accumulate<Vector, 4>(a + r * kPanelStride, b + j, depth, c + r * stride + j, stride);
 }
 
-#if LFP_ONE_PASS
+#if LFP_WIDE
 template <class A>
 LFP_V4 void multiply_v4(const A* a, const A* b, int64_t depth, A* c, int64_t stride) {
   accumulate<typename VectorOf<A, 64>::type, kPanelRows>(a, b, depth, c, stride);
@@ -37,7 +37,7 @@ LFP_V4 void multiply_v4(const A* a, const A* b, int64_t depth, A* c, int64_t str
 
 template <class A>
 auto multiply_of_this_processor() {
-#if LFP_ONE_PASS
+#if LFP_WIDE
   if (has_wide_vectors()) return multiply_v4<A>;
 #endif
   return multiply_portable<A>;

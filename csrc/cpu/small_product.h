@@ -3,7 +3,7 @@
 // and padded to whole panels.
 #pragma once
 
-#include "one_pass.h"
+#include "wide.h"
 
 namespace lfp::cpu {
 
@@ -78,7 +78,7 @@ LFP_CLONES void small_product_portable(Block<const A> a, int64_t rows, const A* 
     multiply_strip<Vector, 4>(a, rows, b + j, b_row, depth, c + j, c_row, add);
 }
 
-#if LFP_ONE_PASS
+#if LFP_WIDE
 template <class A>
 LFP_V4 void small_product_v4(Block<const A> a, int64_t rows, const A* b, int64_t b_row,
                              int64_t depth, A* c, int64_t c_row, int64_t columns, bool add) {
@@ -94,7 +94,7 @@ using SmallProduct = void (*)(Block<const A>, int64_t, const A*, int64_t, int64_
 
 template <class A>
 SmallProduct<A> small_product() {
-#if LFP_ONE_PASS
+#if LFP_WIDE
   if (has_wide_vectors()) return small_product_v4<A>;
 #endif
   return small_product_portable<A>;

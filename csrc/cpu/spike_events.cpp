@@ -3,7 +3,7 @@
 #include <array>
 #include <utility>
 
-#include "one_pass.h"
+#include "wide.h"
 
 namespace lfp::cpu {
 
@@ -138,7 +138,7 @@ LFP_CLONES void collect_portable(const int32_t* places, int64_t count, const int
     collect_body<S, 32>(places, count, offsets, w + h, s + h, dw + h, dots);
 }
 
-#if LFP_ONE_PASS
+#if LFP_WIDE
 template <int64_t V, class A>
 LFP_V4 void add_v4(const int32_t* starts, const int32_t* rows, int64_t pixels, const A* w,
                    const A* start, int64_t count, int64_t stride, A* z) {
@@ -161,7 +161,7 @@ using Collect = void (*)(const int32_t*, int64_t, const int64_t*, const A*, cons
 // [number of vectors or slots - 1]
 template <class A, bool kWide, int64_t... k>
 constexpr auto add_table(std::integer_sequence<int64_t, k...>) {
-#if LFP_ONE_PASS
+#if LFP_WIDE
   if constexpr (kWide) return std::array<Add<A>, sizeof...(k)>{add_v4<k + 1, A>...};
 #endif
   if constexpr (!kWide) return std::array<Add<A>, sizeof...(k)>{add_portable<k + 1, A>...};
@@ -169,7 +169,7 @@ constexpr auto add_table(std::integer_sequence<int64_t, k...>) {
 
 template <class A, bool kWide, int64_t... k>
 constexpr auto collect_table(std::integer_sequence<int64_t, k...>) {
-#if LFP_ONE_PASS
+#if LFP_WIDE
   if constexpr (kWide) return std::array<Collect<A>, sizeof...(k)>{collect_v4<k + 1, A>...};
 #endif
   if constexpr (!kWide) return std::array<Collect<A>, sizeof...(k)>{collect_portable<k + 1, A>...};
@@ -208,7 +208,7 @@ void collect(const int32_t* places, int64_t count, const int64_t* offsets, int64
 
 template <class A>
 SpikeWalks<A> spike_walks_of_this_processor() {
-#if LFP_ONE_PASS
+#if LFP_WIDE
   if (has_wide_vectors()) return {add<A, true>, collect<A, true>};
 #endif
   return {add<A, false>, collect<A, false>};

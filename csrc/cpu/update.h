@@ -10,21 +10,26 @@ T* state(const std::vector<Tensor>& states, size_t k, int64_t offset = 0) {
   return states.size() > k ? data<T>(states[k]) + offset : nullptr;
 }
 
-// w[count] and its states a, b (null where the optimizer has none) take one optimizer step along
+// w[i] and its states a[i], b[i] (null where the optimizer has none) take one optimizer step along
 // weight_epilogue(raw, w).
+template <class Rule, class Optimizer, class T>
+LFP_HD void update_one(Acc<T> raw, T* w, T* a, T* b, int64_t i, RuleParams<Acc<T>> p,
+                       OptimizerParams<Acc<T>> h) {
+  using A = Acc<T>;
+  A weight = load(w, i), first = A(0), second = A(0);
+  if constexpr (Optimizer::kStates > 0) first = load(a, i);
+  if constexpr (Optimizer::kStates > 1) second = load(b, i);
+  Optimizer::apply(Rule::weight_epilogue(raw, weight, p), weight, first, second, h);
+  store(w, i, weight);
+  if constexpr (Optimizer::kStates > 0) store(a, i, first);
+  if constexpr (Optimizer::kStates > 1) store(b, i, second);
+}
+
 template <class T, class Rule, class Optimizer, class Raw>
 void update_range(const Raw* raw, T* w, T* a, T* b, int64_t count, RuleParams<Acc<T>> p,
                   OptimizerParams<Acc<T>> h) {
-  using A = Acc<T>;
   serial_loop(0, count, [=](int64_t i) {
-    A weight = load(w, i), first = A(0), second = A(0);
-    if constexpr (Optimizer::kStates > 0) first = load(a, i);
-    if constexpr (Optimizer::kStates > 1) second = load(b, i);
-    const A feedback = Rule::weight_epilogue(static_cast<A>(raw[i]), weight, p);
-    Optimizer::apply(feedback, weight, first, second, h);
-    store(w, i, weight);
-    if constexpr (Optimizer::kStates > 0) store(a, i, first);
-    if constexpr (Optimizer::kStates > 1) store(b, i, second);
+    update_one<Rule, Optimizer>(static_cast<Acc<T>>(raw[i]), w, a, b, i, p, h);
   });
 }
 
