@@ -9,20 +9,18 @@
 
 namespace lfp::cpu {
 
-constexpr int64_t kInputWeights = 1 << 16;  // fewer are not worth packing
-
-// P: the type of the products.
+// P: the type of the products. In float32 only a W that no cache holds is worth it.
 template <class P>
 bool input_product_pays(int64_t n, int64_t in, int64_t out) {
-  return std::is_same_v<P, BFloat16> && has_wide_pairs() && n >= kRows &&
-         in * out >= kInputWeights;
+  if (n == 0) return false;
+  if (std::is_same_v<P, float>) return has_wide_vectors() && n <= 256 && in * out >= 1 << 22;
+  return has_wide_pairs() && n <= 512 && in * out >= 1 << 16;
 }
 
 #if LFP_WIDE
 
 constexpr int64_t kInputColumns = 256;  // of W whose packed block stays in the core's cache
 constexpr int64_t kInputDepth = 128;    // of a packed block; one panel of it fits the first cache
-constexpr int64_t kInputRows = 512;     // of the result a thread adds up at a time
 
 // The rows of W that are packed next, brought into the core's cache meanwhile.
 template <class T>
@@ -38,31 +36,31 @@ struct NextRows {
   }
 };
 
-// Columns [begin, end) of the result, for rows [row, row + rows), with scratch for them:
-// W[out, in], signal packed by pack_row_pairs.
-template <class T, class Finish>
-LFP_V4 void input_columns(const Pair* signal, const T* w, const T* x, T* to, int64_t rows,
+// Columns [begin, end) of the result, with scratch for them:
+// W[out, in], signal packed whole by pack_rows.
+template <class Factors, class T, class Finish, class Packed = typename Factors::Packed>
+LFP_V4 void input_columns(const Packed* signal, const T* w, const T* x, T* to, int64_t rows,
                           int64_t in, int64_t out, int64_t begin, int64_t end, Finish finish,
-                          Pair* packed, float* sum) {
-  const int64_t pairs = Pairs::steps(out), columns = end - begin;
+                          Packed* packed, float* sum) {
+  const int64_t columns = end - begin;
   const int64_t stride = (columns + kBlock - 1) / kBlock * kBlock;
   const int64_t products = stride / kBlock * ((rows + kRows - 1) / kRows);
   for (int64_t k = 0; k < out; k += kInputDepth) {
-    const int64_t depth = std::min(kInputDepth, out - k), steps = Pairs::steps(depth);
+    const int64_t depth = std::min(kInputDepth, out - k), steps = Factors::steps(depth);
     const T* from = w + k * in + begin;
-    pack_pairs<kBlock>(from, in, depth, columns, packed);
+    Factors::template pack<kBlock>(from, in, depth, columns, packed);
     const int64_t left_rows = std::min(kInputDepth, out - k - depth);
     const int64_t lines = left_rows * NextRows<T>::kOfRow;
     NextRows<T> next{from + depth * in, in, 0, lines, (lines + products - 1) / products};
     for (int64_t c = 0; c < columns; c += kBlock) {
-      const Pair* right = packed + packed_size<kBlock>(steps, c);
+      const Packed* right = packed + packed_size<kBlock>(steps, c);
       for (int64_t r = 0; r < rows; r += kRows, next.step()) {
-        const Pair* left = signal + (r * pairs + k / 2 * kRows);
+        const Packed* left = signal + r * Factors::steps(out) + Factors::steps(k) * kRows;
         float* at = sum + r * stride + c;
         if (k == 0)
-          block_product<Pairs, false>(left, right, steps, at, stride, next);
+          block_product<Factors, false>(left, right, steps, at, stride, next);
         else
-          block_product<Pairs, true>(left, right, steps, at, stride, next);
+          block_product<Factors, true>(left, right, steps, at, stride, next);
       }
     }
   }
@@ -75,14 +73,17 @@ LFP_V4 void input_columns(const Pair* signal, const T* w, const T* x, T* to, int
 }
 
 // to[n, in] = finish(s W, x) for s[n, out].
-template <class T, class Finish>
-void input_product(const BFloat16* s, const T* w, const T* x, T* to, int64_t n, int64_t in,
-                   int64_t out, Finish finish) {
-  const int64_t groups = (n + kRows - 1) / kRows, size = kRows * Pairs::steps(out);
-  const auto signal = scratch<Pair>(groups * size);
+template <class T, class P, class Finish>
+void input_product(const P* s, const T* w, const T* x, T* to, int64_t n, int64_t in, int64_t out,
+                   Finish finish) {
+  using Factors = FactorsOf<P>;
+  using Packed = typename Factors::Packed;
+  const int64_t groups = (n + kRows - 1) / kRows, size = kRows * Factors::steps(out);
+  const auto signal = scratch<Packed>(groups * size);
   parallel_items(groups, size, [&](int64_t first, int64_t last) {
-    pack_row_pairs<kRows>(s + first * kRows * out, out, out,
-                          std::min(n, last * kRows) - first * kRows, signal.get() + first * size);
+    Factors::template pack_rows<kRows>(s + first * kRows * out, out, out,
+                                       std::min(n, last * kRows) - first * kRows,
+                                       signal.get() + first * size);
   });
   // The same number of blocks of columns for every thread.
   const int64_t threads = torch::stable::get_num_threads();
@@ -91,13 +92,11 @@ void input_product(const BFloat16* s, const T* w, const T* x, T* to, int64_t n, 
   const int64_t width = ((in + blocks - 1) / blocks + kBlock - 1) / kBlock * kBlock;
   blocks = (in + width - 1) / width;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-    const auto packed = scratch<Pair>(packed_size<kBlock>(Pairs::steps(kInputDepth), width));
-    const auto sum = scratch<float>((std::min(n, kInputRows) + kRows) * width);
+    const auto packed = scratch<Packed>(packed_size<kBlock>(Factors::steps(kInputDepth), width));
+    const auto sum = scratch<float>(groups * kRows * width);
     for (int64_t b = first; b < last; ++b)
-      for (int64_t r = 0; r < n; r += kInputRows)
-        input_columns(signal.get() + r / kRows * size, w, x + r * in, to + r * in,
-                      std::min(kInputRows, n - r), in, out, b * width,
-                      std::min(in, (b + 1) * width), finish, packed.get(), sum.get());
+      input_columns<Factors>(signal.get(), w, x, to, n, in, out, b * width,
+                             std::min(in, (b + 1) * width), finish, packed.get(), sum.get());
   });
 }
 

@@ -70,7 +70,7 @@ Tensor redistribute_input(const Layer& layer, const Tensor& s) {
   if (kind != Matrix::kWeight && kind != Matrix::kGiven) return linear_formed_input(layer, s);
   const Tensor& m = kind == Matrix::kGiven ? *layer.matrix : layer.weight;
 #if LFP_WIDE
-  if constexpr (std::is_same_v<P, BFloat16>)
+  if constexpr (std::is_same_v<P, float> || std::is_same_v<P, BFloat16>)
     if (input_product_pays<P>(layer.n(), layer.in(), layer.out())) {
       Tensor g = torch::stable::empty_like(layer.x);
       with_input_epilogue<T>(layer.call, [&](auto finish) {

@@ -110,7 +110,7 @@ LFP_V4 void one_pass_rows(const S* s, const X* x, Finish finish, int64_t n, int6
 // All of W, spread over the threads; s is packed a few rows of W at a time, not whole.
 template <class P, class S, class X, class Finish>
 void one_pass(const S* s, const X* x, Finish finish, int64_t n, int64_t in, int64_t out) {
-  using Factors = std::conditional_t<std::is_same_v<P, float>, Floats, Pairs>;
+  using Factors = FactorsOf<P>;
   using Packed = typename Factors::Packed;
   const int64_t groups = (out + kRows - 1) / kRows;
   const int64_t grain = std::max<int64_t>(1, kProductGrain / (n * in * kRows));

@@ -1,6 +1,6 @@
-// Pairs of bfloat16 numbers, which AVX-512 multiplies two at a time into float32 sums, packed in the
-// order in which a product reads them (panels.h). Numbers too small to be normal count as zero, as
-// they do in the product.
+// Pairs of bfloat16 numbers, which AVX-512 multiplies two at a time into float32 sums, packed in
+// the order in which a product reads them (panels.h). Numbers too small to be normal count as zero,
+// as they do in the product.
 #pragma once
 
 #include "panels.h"
@@ -69,15 +69,14 @@ LFP_V4 void pack_pairs(const T* from, int64_t stride, int64_t depth, int64_t cou
 // to[panel][k][kWidth] = from[panel * kWidth + r, 2 k] and the element right of it, zero beyond
 // `count` and `depth`: rows become the columns of panels.
 template <int64_t kWidth, class T>
-LFP_V4 void pack_row_pairs(const T* from, int64_t stride, int64_t depth, int64_t count,
+LFP_V4 void pack_rows_as_pairs(const T* from, int64_t stride, int64_t depth, int64_t count,
                                Pair* to) {
   const int64_t pairs = (depth + 1) / 2;
   for (int64_t c = 0; c < count; c += kWidth, to += pairs * kWidth)
     for (int64_t k = 0; k < pairs; ++k)
       for (int64_t r = 0; r < kWidth; ++r) {
         const T* at = from + (c + r) * stride + 2 * k;
-        to[k * kWidth + r] =
-            c + r < count ? pair_of(at[0], 2 * k + 1 < depth ? at[1] : T(0)) : 0;
+        to[k * kWidth + r] = c + r < count ? pair_of(at[0], 2 * k + 1 < depth ? at[1] : T(0)) : 0;
       }
 }
 

@@ -23,6 +23,10 @@ struct Floats {
   static void pack(const T* from, int64_t stride, int64_t depth, int64_t count, Packed* to) {
     pack_panels<kWidth>(from, stride, depth, count, to);
   }
+  template <int64_t kWidth, class T>
+  static void pack_rows(const T* from, int64_t stride, int64_t depth, int64_t count, Packed* to) {
+    pack_rows_as_panels<kWidth>(from, stride, depth, count, to);
+  }
   LFP_HD static void add(Vector& sum, Packed a, const Packed* b) {
     sum += a * *reinterpret_cast<const Vector*>(b);
   }
@@ -34,6 +38,10 @@ struct Pairs {
   template <int64_t kWidth, class T>
   static void pack(const T* from, int64_t stride, int64_t depth, int64_t count, Packed* to) {
     pack_pairs<kWidth>(from, stride, depth, count, to);
+  }
+  template <int64_t kWidth, class T>
+  static void pack_rows(const T* from, int64_t stride, int64_t depth, int64_t count, Packed* to) {
+    pack_rows_as_pairs<kWidth>(from, stride, depth, count, to);
   }
   LFP_HD static void add(Vector& sum, Packed a, const Packed* b) {
     const PairVector left = PairVector{} + a, right = *reinterpret_cast<const PairVector*>(b);
@@ -70,6 +78,10 @@ LFP_V4 inline void block_product(const Packed* a, const Packed* b, int64_t steps
       to = kAdd ? to + sum[r][j] : sum[r][j];
     }
 }
+
+// P: the type of the products.
+template <class P>
+using FactorsOf = std::conditional_t<std::is_same_v<P, float>, Floats, Pairs>;
 
 }  // namespace lfp::cpu
 
