@@ -107,6 +107,28 @@ void column_sums(const Tensor& s, double* sums) {
                               });
 }
 
+// feedback[O,I] = weight_epilogue(s^T x, W). Where `sums` is not null it gets sum_n s, unless W is
+// empty.
+template <class T, class P, class Rule>
+void weight_feedback(const Layer& layer, const Tensor& s, T* feedback, RuleParams<Acc<T>> p,
+                     double* sums) {
+  const T* w = data<T>(layer.weight);
+  const int64_t n = layer.n(), in = layer.in(), out = layer.out();
+#if LFP_WIDE
+  if constexpr (std::is_same_v<P, float> || std::is_same_v<P, BFloat16>)
+    if (one_pass_pays<P>(n, in, out)) {
+      if (sums) column_sums<P>(s, sums);
+      const StoreBlocks<T, Rule> blocks{w, feedback, p};
+      return one_pass<P>(data<P>(s), data<T>(layer.x), blocks, n, in, out);
+    }
+#endif
+  signal_tiles<P>(s, as_product_type<T, P>(layer.x), sums,
+                  [=](int64_t begin, int64_t rows, const P* tile) {
+                    const int64_t at = begin * in;
+                    feedback_range<T, Rule>(tile, w + at, feedback + at, rows * in, p);
+                  });
+}
+
 Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
                                   Tensor reward, std::optional<Tensor> matrix, int64_t rule,
                                   Params params, bool need_input, bool need_weight, bool need_bias,
@@ -128,14 +150,8 @@ Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor>
       std::vector<double> sums(need_bias && bias ? layer.out() : 0, 0.0);
       double* to_bias = sums.empty() ? nullptr : sums.data();
       if (need_weight) {
-        Tensor& feedback = std::get<1>(result) = torch::stable::empty_like(layer.weight);
-        T* f = data<T>(feedback);
-        const T* w = data<T>(layer.weight);
-        signal_tiles<P>(s, as_product_type<T, P>(layer.x), to_bias,
-                        [=](int64_t begin, int64_t rows, const P* tile) {
-                          feedback_range<T, Rule>(tile, w + begin * in, f + begin * in, rows * in,
-                                                  p);
-                        });
+        std::get<1>(result) = torch::stable::empty_like(layer.weight);
+        weight_feedback<T, P, Rule>(layer, s, data<T>(std::get<1>(result)), p, to_bias);
       }
       if (to_bias) {
         if (!need_weight || in == 0) column_sums<P>(s, to_bias);
