@@ -1,7 +1,7 @@
 """Builds _C_cpu.so and _C_cuda.so on the LibTorch stable ABI: one file for many torch versions.
 
-LFP_KERNELS_BUILD = auto (default: what this machine can, CUDA where torch has it; says what was
-left out) | none | cpu | cuda (both; fails when they cannot be built).
+LFP_KERNELS_BUILD = auto (default: what this machine can use, CUDA where torch finds a GPU; says
+what was left out) | none | cpu | cuda (both, GPU or not; fails when they cannot be built).
 TORCH_CUDA_ARCH_LIST = "8.0 9.0a+PTX": what the CUDA kernels are compiled for.
 """
 
@@ -18,6 +18,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.extension import Extension
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc/cuda"))
+import toolchain  # noqa: E402
+
 CHOICES = ("auto", "none", "cpu", "cuda")
 # The oldest torch whose stable ABI the sources use; the library loads there and in later ones.
 TARGET_VERSION = "0x020d000000000000"
@@ -70,9 +73,6 @@ def commands(kind: str, cxx: str, torch_dir: Path) -> tuple[str, str]:
     if kind == "cpu":
         warnings = "-fno-math-errno -fno-trapping-math -Wall"
         return f"{cxx} {flags} -fPIC -fvisibility=hidden {warnings}", ""
-    sys.path.insert(0, str(ROOT / "csrc/cuda"))
-    import toolchain
-
     try:
         return toolchain.compile_command(cxx, flags), toolchain.link_flags()
     except toolchain.NotFound as error:
@@ -116,12 +116,12 @@ class Build(build_ext):
                 )
 
     def build_library(self, kind: str, library: Path, wanted: bool) -> None:
-        cxx, torch_dir = compiler(), torch_root()
+        torch_dir = torch_root()
         import torch
 
-        if kind == "cuda" and not wanted and torch.version.cuda is None:
-            return  # this torch has no CUDA tensors
-        build = Path(self.build_temp).resolve() / kind
+        if kind == "cuda" and not wanted and not toolchain.gpu_found(torch):
+            return
+        cxx, build = compiler(), Path(self.build_temp).resolve() / kind
         build.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text(ninja_file(kind, cxx, torch_dir, build, library))
@@ -131,7 +131,7 @@ class Build(build_ext):
         info = json.loads(file.read_text()) if kind == "cuda" and file.exists() else {}
         info |= {"torch": torch.__version__, "compiler": cxx, "machine": platform.machine()}
         if kind == "cuda":
-            info["architectures"] = sys.modules["toolchain"].architectures()
+            info["architectures"] = toolchain.architectures()
         file.write_text(json.dumps(info))
 
 

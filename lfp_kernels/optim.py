@@ -15,6 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ._no_grad import no_grad
+
 
 def _require(owner: str, name: str, value: float, low: float, high: float, text: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -237,7 +239,7 @@ class BoundOptimizer(torch.optim.Optimizer):
             return 1.0
         return float(clip_factor(torch.tensor(norm, dtype=torch.float64), clip))
 
-    @torch.no_grad()
+    @no_grad
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         """Update every parameter from its ``.grad``, clipped to the global norm where asked.
 
@@ -274,7 +276,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         self.count_step(params)
         return loss
 
-    @torch.no_grad()
+    @no_grad
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this class or of the torch optimizer of the same name.
 

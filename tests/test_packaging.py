@@ -189,6 +189,24 @@ def test_a_build_without_torch_ends_in_one_line(tmp_path: Path) -> None:
     assert "torch is not importable while building" in done.stderr
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_default_build_compiles_for_a_gpu_only_where_one_is(gpu: bool, tmp_path: Path) -> None:
+    copy = copy_sources(tmp_path)
+    (copy / "torch.py").write_text(
+        "class version:\n    cuda = '13.0'\n"
+        f"class cuda:\n    is_available = staticmethod(lambda: {gpu})\n"
+    )
+    nothing = {"LFP_KERNELS_BUILD": "auto", "CXX": "no-such-compiler", "PYTHONPATH": str(copy)}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=copy, env={**os.environ, **nothing}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "going on without the cpu kernels" in done.stderr
+    assert ("going on without the cuda kernels" in done.stderr) == gpu
+    assert ("no GPU, so" in done.stderr) != gpu
+
+
 def test_pure_python_wheel(tmp_path: Path) -> None:
     copy = copy_sources(tmp_path)
     build_wheel(copy, tmp_path / "out", LFP_KERNELS_BUILD="none")

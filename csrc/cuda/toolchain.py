@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 HOW_TO_GET_IT = (
     "no CUDA compiler: put nvcc on PATH, set CUDA_HOME, or install nvidia-cuda-nvcc nvidia-nvvm "
@@ -31,6 +33,15 @@ def root() -> Path:
         if (candidate / "bin/nvcc").exists():
             return candidate.resolve()
     raise NotFound(HOW_TO_GET_IT)
+
+
+def gpu_found(torch: ModuleType) -> bool:
+    """Whether torch finds a GPU; without one nobody need wait for six architectures."""
+    found = torch.cuda.is_available()
+    if torch.version.cuda and not found:
+        left_out = "no GPU, so no CUDA kernels; LFP_KERNELS_BUILD=cuda builds them all the same"
+        print(f"lfp_kernels: {left_out}", file=sys.stderr)
+    return found
 
 
 def architectures() -> list[str]:

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 
 _ = ops  # registers the schemas
 _CHUNK = 4096  # elements of a row when a whole tensor is summed
 
 
-@torch.no_grad()
+@no_grad
 def alignment_sums(a: Tensor, b: Tensor, *, rows: bool = False) -> Tensor:
     """``(a . b, |a|^2, |b|^2)``: [3] of the whole tensors, or [N, 3] of their first dimension.
 

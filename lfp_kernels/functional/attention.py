@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 
 _ = ops  # registers the schemas
@@ -27,7 +28,7 @@ class Attended(NamedTuple):
     lse: Tensor
 
 
-@torch.no_grad()
+@no_grad
 def attention(
     q: Tensor,
     k: Tensor,
@@ -57,7 +58,7 @@ def attention(
     return Attended(out.reshape(*shape, v.shape[-1]), lse.reshape(shape))
 
 
-@torch.no_grad()
+@no_grad
 def attention_redistribute(
     q: Tensor,
     k: Tensor,

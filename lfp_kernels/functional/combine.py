@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 from ..rules import Epsilon, Rule, accumulate_dtype
 
@@ -14,7 +15,7 @@ _ = ops  # registers the schemas
 _EPSILON = Epsilon()
 
 
-@torch.no_grad()
+@no_grad
 def sum_redistribute(
     a: Tensor, b: Tensor, reward: Tensor, rule: Rule = _EPSILON, *, signal_in: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ def sum_redistribute(
     return first, second
 
 
-@torch.no_grad()
+@no_grad
 def dropout(
     x: Tensor, p: float, *, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,7 @@ def dropout(
     return select("combine", x).dropout_redistribute(x, mask, 1 / (1 - p)), mask
 
 
-@torch.no_grad()
+@no_grad
 def dropout_redistribute(
     reward: Tensor, mask: Tensor, p: float, *, conserving: bool = False
 ) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 from ..ops.conv.geometry import ConvGeometry, out_channels, output_shape
 from ..ops.conv.layout import channels_last
@@ -27,7 +28,7 @@ _ = ops  # registers the schemas
 _EPSILON = Epsilon()
 
 
-@torch.no_grad()
+@no_grad
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -55,7 +56,7 @@ def conv(
     return z if batched is x else z.squeeze(0)
 
 
-@torch.no_grad()
+@no_grad
 def conv_weight(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
     """``weight`` in the order in which the kernels read it beside x: itself, or a copy of it.
 
@@ -71,7 +72,7 @@ def conv_weight(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
     return backend.arranged(weight, geometry)
 
 
-@torch.no_grad()
+@no_grad
 def conv_redistribute(
     x: Tensor,
     weight: Tensor,
@@ -139,7 +140,7 @@ def conv_redistribute(
     return Redistributed(input_reward, weight_feedback, bias_feedback)
 
 
-@torch.no_grad()
+@no_grad
 def conv_redistribute_update(
     x: Tensor,
     weight: Tensor,

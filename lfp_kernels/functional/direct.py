@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 from ..optim import Update
 from ..rules import DERIVATIVES, Derivative
@@ -14,7 +14,7 @@ from ..rules import DERIVATIVES, Derivative
 _ = ops  # registers the schemas
 
 
-@torch.no_grad()
+@no_grad
 def direct_update(
     x: Tensor,
     weight: Tensor,

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 from ..optim import Update
 
 _ = ops  # registers the schemas
 
 
-@torch.no_grad()
+@no_grad
 def embedding_redistribute(
     weight: Tensor, tokens: Tensor, reward: Tensor, *, padding: int | None = None, eps: float = 1e-6
 ) -> Tensor:
@@ -37,7 +38,7 @@ def embedding_redistribute(
     return select("embedding", weight).redistribute(weight, tokens, reward, row, eps)
 
 
-@torch.no_grad()
+@no_grad
 def embedding_redistribute_update(
     weight: Tensor,
     tokens: Tensor,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 
 _ = ops  # registers the schemas
@@ -23,7 +23,7 @@ class NormFeedback(NamedTuple):
     bias: Tensor | None
 
 
-@torch.no_grad()
+@no_grad
 def norm_redistribute(
     x: Tensor,
     weight: Tensor | None,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 from ..optim import Update
 from ..rules import Derivative, Epsilon, Rule
@@ -16,7 +17,7 @@ _ = ops  # registers the schemas
 _EPSILON = Epsilon()
 
 
-@torch.no_grad()
+@no_grad
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
     """``x W^T + b`` [..., O], with ``relu`` the positive part of it, in one product.
 
@@ -27,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
     return select("linear", x).forward(x, weight, bias, relu)
 
 
-@torch.no_grad()
+@no_grad
 def linear_redistribute(
     x: Tensor,
     weight: Tensor,
@@ -88,7 +89,7 @@ def linear_redistribute(
     return Redistributed(input_reward, weight_feedback, bias_feedback)
 
 
-@torch.no_grad()
+@no_grad
 def linear_redistribute_update(
     x: Tensor,
     weight: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 from ..rules import Epsilon, Rule
 from .composed import Redistributed, is_composed, redistribute_composed
@@ -26,7 +27,7 @@ class Normalized(NamedTuple):
     invstd: Tensor
 
 
-@torch.no_grad()
+@no_grad
 def batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -83,7 +84,7 @@ def batch_norm(
     )
 
 
-@torch.no_grad()
+@no_grad
 def batch_norm_redistribute(
     x: Tensor,
     weight: Tensor | None,

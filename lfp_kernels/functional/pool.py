@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 from ..ops.pool import output_shape
 from ..rules import Epsilon, Rule
@@ -20,7 +21,7 @@ _EPSILON = Epsilon()
 _Size = int | Sequence[int]
 
 
-@torch.no_grad()
+@no_grad
 def avg_pool(
     x: Tensor,
     kernel_size: _Size,
@@ -48,7 +49,7 @@ def avg_pool(
     return out if v is x else out.squeeze(0)
 
 
-@torch.no_grad()
+@no_grad
 def avg_pool_redistribute(
     x: Tensor,
     z: Tensor,
@@ -91,7 +92,7 @@ def avg_pool_redistribute(
     return out if v is x else out.squeeze(0)
 
 
-@torch.no_grad()
+@no_grad
 def adaptive_avg_pool_redistribute(
     x: Tensor,
     z: Tensor,
@@ -141,7 +142,7 @@ def adaptive_avg_pool_redistribute(
     ).squeeze(0)
 
 
-@torch.no_grad()
+@no_grad
 def max_pool(
     x: Tensor,
     kernel_size: _Size,
@@ -162,7 +163,7 @@ def max_pool(
     return (out, indices) if v is x else (out.squeeze(0), indices.squeeze(0))
 
 
-@torch.no_grad()
+@no_grad
 def adaptive_max_pool(x: Tensor, output_size: _Size) -> tuple[Tensor, Tensor]:
     """Adaptive max pool of x [N, C, *spatial] to ``output_size``, an int or one per dimension.
 
@@ -178,7 +179,7 @@ def adaptive_max_pool(x: Tensor, output_size: _Size) -> tuple[Tensor, Tensor]:
     return pools[x.dim()](x, size, return_indices=True)
 
 
-@torch.no_grad()
+@no_grad
 def max_pool_redistribute(
     reward: Tensor,
     indices: Tensor,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 from ..ops.reward.codes import NEURON_TARGET, VALUE_TARGET, Kind
 
@@ -19,7 +20,7 @@ _ = ops  # registers the schemas
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
 
-@torch.no_grad()
+@no_grad
 def reward(
     op: str,
     kind: Kind,
@@ -61,7 +62,7 @@ def reward(
     return select("reward", out).reward(out, target, kind, params)
 
 
-@torch.no_grad()
+@no_grad
 def spike_rate_reward(op: str, spikes: Tensor, y: Tensor) -> Tensor:
     """The rate-coded reward of ``spikes`` [T, ..., C] with labels ``y`` [...]."""
     check.floating(op, "spikes", spikes)
@@ -127,7 +128,7 @@ def _check_neuron(op: str, neuron: int | None, classes: int) -> None:
         raise ValueError(f"{op}: neuron: expected an index in [0, {classes}), got {neuron}")
 
 
-@torch.no_grad()
+@no_grad
 def loss_reward(op: str, out: Tensor, y: Tensor, values: bool) -> Tensor:
     """Minus the gradient of the mean cross-entropy with labels [...], or, with ``values``, of the
     mean squared error with targets of ``out``'s shape."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 
 _ = ops  # registers the schemas
 
 
-@torch.no_grad()
+@no_grad
 def softmax_redistribute(x: Tensor, p: Tensor, reward: Tensor, dim: int = -1) -> Tensor:
     """``x * (r - p * sum r)`` of ``p = softmax(x, dim)``; 0 where x is -inf (masked out).
 

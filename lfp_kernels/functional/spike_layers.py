@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select, selected
 from ..ops.conv.geometry import ConvGeometry
 from .composed import Redistributed
@@ -57,7 +58,7 @@ def has_spike_max_pool(spikes: PackedSpikes, settings: tuple) -> bool:
     )
 
 
-@torch.no_grad()
+@no_grad
 def spike_linear(spikes: PackedSpikes, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b`` [T, N, O] of spikes x [T, N, I]."""
     _check("spike_linear", spikes, 3, weight, 2, bias)
@@ -65,7 +66,7 @@ def spike_linear(spikes: PackedSpikes, weight: Tensor, bias: Tensor | None) -> T
     return op.spike_linear_forward(spikes.bits, spikes.steps, weight, bias)
 
 
-@torch.no_grad()
+@no_grad
 def spike_linear_redistribute(
     spikes: PackedSpikes,
     weight: Tensor,
@@ -87,7 +88,7 @@ def spike_linear_redistribute(
     return _result(found, _wanted(need, bias))
 
 
-@torch.no_grad()
+@no_grad
 def spike_conv(
     spikes: PackedSpikes, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry
 ) -> Tensor:
@@ -97,7 +98,7 @@ def spike_conv(
     return op.spike_conv2d_forward(spikes.bits, spikes.steps, weight, bias, list(geometry.padding))
 
 
-@torch.no_grad()
+@no_grad
 def spike_conv_redistribute(
     spikes: PackedSpikes,
     weight: Tensor,
@@ -124,7 +125,7 @@ def spike_conv_redistribute(
     return _result(found, _wanted(need, bias))
 
 
-@torch.no_grad()
+@no_grad
 def spike_max_pool(spikes: PackedSpikes, settings: tuple) -> PackedSpikes:
     """Maxima of windows: a window fires when any neuron in it does. ``settings``: kernel, stride,
     padding, dilation (1), ceil_mode."""
@@ -136,7 +137,7 @@ def spike_max_pool(spikes: PackedSpikes, settings: tuple) -> PackedSpikes:
     )
 
 
-@torch.no_grad()
+@no_grad
 def spike_max_pool_redistribute(spikes: PackedSpikes, reward: Tensor, settings: tuple) -> Tensor:
     """Reward [T, N, C, H, W] of the pooled ``spikes``: the first spike of a window takes the
     window's ``reward``; that of a silent window is 0 below layers that multiply by their input."""
@@ -153,7 +154,7 @@ def has_spike_feedback(like: Tensor) -> bool:
     return selected("spike_feedback", "cpu", like.dtype) == "native"
 
 
-@torch.no_grad()
+@no_grad
 def spike_lif_feedback(
     reward: Tensor,
     spikes: PackedSpikes,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select
 from ..ops.spiking.codes import Reset, planes
 
@@ -36,7 +37,7 @@ class PackedSpikes:
         """[T, N, ...], the shape of the unpacked spikes."""
         return torch.Size((self.steps, *self.bits.shape[1:]))
 
-    @torch.no_grad()
+    @no_grad
     def unpack(
         self, dtype: torch.dtype = torch.float32, *, noise: float = 0.0, seed: int = 0,
         first: int = 0,
@@ -81,7 +82,7 @@ class LIFFeedback(NamedTuple):
     threshold: Tensor | None
 
 
-@torch.no_grad()
+@no_grad
 def lif_forward(
     current: Tensor,
     beta: Tensor | float,
@@ -132,7 +133,7 @@ def lif_forward(
     )
 
 
-@torch.no_grad()
+@no_grad
 def lif_feedback(
     reward: Tensor,
     membrane: Tensor,
@@ -223,7 +224,7 @@ def finish_feedback(
     return LIFFeedback(signal[0] if sum_steps else signal, _shaped(carried[None], like)[0], *found)
 
 
-@torch.no_grad()
+@no_grad
 def add_noise(x: Tensor, noise: float, seed: int, *, steps: int, first: int = 0) -> Tensor:
     """``x`` [T, N, ...], or [1, N, ...] for every one of ``steps`` steps, plus Gaussian noise of
     standard deviation ``noise``: see :meth:`PackedSpikes.unpack`."""

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from .. import _validate as check
 from .. import ops
+from .._no_grad import no_grad
 from ..backends import select, use_backend
 from ..optim import Update
 
 _ = ops  # registers the schemas
 
 
-@torch.no_grad()
+@no_grad
 def optimizer_update(
     params: Sequence[Tensor],
     feedback: Sequence[Tensor],
@@ -121,7 +122,7 @@ def _check_pair(op: str, k: int, param: Tensor, fb: Tensor, first: Tensor) -> No
         )
 
 
-@torch.no_grad()
+@no_grad
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """``sqrt(sum of squares)`` over all elements of all tensors, the norm that ``clip_norm`` uses.
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._no_grad import no_grad
 from ...optim import ADAMW, SGD_MOMENTUM, SGD_PLAIN, Update
 from ...rules import accumulate_dtype
 
 
-@torch.no_grad()
+@no_grad
 def apply_update(
     param: Tensor, feedback: Tensor, update: Update, factor: Tensor | None = None
 ) -> None:
