@@ -109,6 +109,15 @@ def test_one_epoch_learns_the_digits(tmp_path, capsys):
     assert f"test accuracy {record['accuracy']:.2%}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "bfloat16-feedback"])
+def test_low_precision_learns_the_digits(precision, tmp_path):
+    log = tmp_path / "log.jsonl"
+    options = ["--epochs", "1", "--batch-size", "32", "--precision", precision]
+    assert main(["train", *options, "--json-log", str(log)]) == 0
+    (record,) = map(json.loads, log.read_text().splitlines())
+    assert record["accuracy"] > 0.8
+
+
 @pytest.mark.parametrize("model", ["mlp", "resnet"])
 def test_other_models_train(mnist, model, capsys):
     options = ["--model", model, "--data", str(mnist), "--epochs", "1", "--batch-size", "48"]

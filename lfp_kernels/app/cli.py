@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--method", help=f"{' or '.join(methods.METHODS)} ({Settings.method})")
     train.add_argument("--way", help=f"lfp: {' or '.join(methods.WAYS)} ({Settings.way})")
     train.add_argument(
+        "--precision", help=f"{', '.join(methods.PRECISIONS)} ({Settings.precision})"
+    )
+    train.add_argument(
         "--surrogate",
         help="spiking models by sgd: what stands in for the derivative of a spike, "
         f"{', '.join(models.SURROGATES)} ({Settings.surrogate})",

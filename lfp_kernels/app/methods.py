@@ -28,6 +28,8 @@ ALIGNMENT: dict[str, Callable[[], composites.Composite]] = {
 }
 METHODS = ("lfp", "sgd", *ALIGNMENT)
 WAYS = ("fused", "drop-in")
+# Of the whole model, or of the feedback products of a float32 model.
+PRECISIONS = ("float32", "bfloat16", "bfloat16-feedback")
 NOT_SPIKING = (
     "expected lfp or sgd for a spiking model (the feedback-alignment family needs the derivatives "
     "that a spike does not have)"
@@ -69,12 +71,14 @@ def learner(
     clip: float | None = 3.0,
     eps: float = 1e-6,
     example: Tensor | None = None,
+    feedback_dtype: torch.dtype | None = None,
 ) -> Learner:
     """SGD with momentum and a global norm limit; only where its direction comes from differs.
 
     Args:
         method: one of METHODS. way: one of WAYS, for all but sgd.
         example: an input [N, ...], for direct feedback alignment of convolutions.
+        feedback_dtype: of the feedback products, for all but sgd (torch.bfloat16, or None).
 
     A spiking network learns by lfp, or by sgd through the surrogate derivatives of its neurons.
     """
@@ -83,6 +87,8 @@ def learner(
     if method != "lfp" and isinstance(model, Spiking):
         raise AppError(f"--method: {NOT_SPIKING}, got {method!r}")
     composite = composites.Epsilon(eps=eps) if method == "lfp" else ALIGNMENT[method]()
+    if feedback_dtype is not None:
+        composite = composite.with_feedback_dtype(feedback_dtype)
     composite.prepare(model, example)
     make = _fused if way == "fused" else _drop_in
     loss: Reward = reward if method == "lfp" else lfp_kernels.rewards.cross_entropy

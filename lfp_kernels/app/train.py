@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Settings:
     seed: int = 0
     threads: int = 0  # 0: torch's default. Decides the order of sums, so the last bits
     eps: float = 1e-6
+    precision: str = "float32"
     # Of spiking models: time steps (0: the model's), steps at once (0: all), noise on layer inputs,
     # derivative of a spike for sgd
     steps: int = 0
@@ -52,6 +53,7 @@ class Settings:
             ("model", (*models.MODELS, *models.SPIKING)),
             ("method", methods.METHODS),
             ("way", methods.WAYS),
+            ("precision", methods.PRECISIONS),
             ("surrogate", models.SURROGATES),
         ):
             require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
@@ -66,7 +68,11 @@ class Settings:
         require("steps", self.steps >= 0, "at least 1 time step, or 0 for the model's")
         require("chunk", self.chunk >= 0, "at least 1 time step, or 0 for all at once")
         require("noise", 0 <= self.noise < math.inf, "a standard deviation >= 0")
+        if self.method == "sgd":
+            fits = self.precision != "bfloat16-feedback"
+            require("precision", fits, "float32 or bfloat16 for sgd, which has no feedback")
         if self.model in models.SPIKING:
+            require("precision", self.precision == "float32", f"float32 for {self.model}")
             require("method", self.method in ("lfp", "sgd"), methods.NOT_SPIKING.split(" ", 1)[1])
             if self.method == "sgd":
                 require("chunk", not self.chunk, "0 with sgd: autograd keeps every time step")
@@ -98,13 +104,17 @@ class Run:
     one, epoch 0, for the initial weights."""
 
     def __init__(self, settings: Settings, data: Dataset) -> None:
-        self.settings, self.data = settings, data
+        self.settings = settings
+        self.dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+        self.data = replace(
+            data, train_x=data.train_x.to(self.dtype), test_x=data.test_x.to(self.dtype)
+        )
         if settings.threads:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self.order = torch.Generator().manual_seed(settings.seed)
         shape = data.channels, data.size, data.classes
-        self.model = models.build(settings.model, *shape, settings.neurons)
+        self.model = models.build(settings.model, *shape, settings.neurons).to(self.dtype)
         self.learner = methods.learner(
             self.model,
             settings.method,
@@ -113,7 +123,8 @@ class Run:
             momentum=settings.momentum,
             clip=settings.clip or None,
             eps=settings.eps,
-            example=data.train_x[:1],
+            example=self.data.train_x[:1],
+            feedback_dtype=torch.bfloat16 if settings.precision == "bfloat16-feedback" else None,
         )
         self.steps_per_epoch = math.ceil(len(data.train_y) / settings.batch_size)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -139,6 +150,8 @@ class Run:
         how = s.way
         if s.method == "sgd":
             how = f"surrogate: {s.surrogate}" if s.model in models.SPIKING else ""
+        if s.precision != "float32":
+            how = ", ".join(filter(None, (how, s.precision)))
         return f"{s.model} by {s.method.upper()}" + (f" ({how})" if how else "")
 
     def train(
