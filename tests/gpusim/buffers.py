@@ -59,9 +59,27 @@ def _allocator() -> ctypes.CDLL:
 
 def hook_torch() -> None:
     """From now on every CPU tensor storage is known to the checker, poisoned and fenced off."""
+    import torch
+
     _allocator().gpusim_hook_torch()
+    torch.UntypedStorage.clone = _clone
 
 
 def unhook_torch() -> None:
     """Gives torch its own allocator back; tensors made meanwhile stay known."""
+    import torch
+
     _allocator().gpusim_unhook_torch()
+    if "clone" in vars(torch.UntypedStorage):
+        del torch.UntypedStorage.clone
+
+
+def _clone(storage):
+    """What deepcopy of a tensor copies: the constructor of storages asks torch's own allocator,
+    whichever was set."""
+    import torch
+
+    if storage.device.type != "cpu":
+        return torch.storage._StorageBase.clone(storage)
+    memory = torch.empty(storage.nbytes(), dtype=torch.uint8)
+    return memory.untyped_storage().copy_(storage)

@@ -160,6 +160,7 @@ def test_tensor_map_is_checked(hopper: ctypes.CDLL) -> None:
 
 
 TORCH_SESSION = """
+import copy
 import sys
 sys.path.insert(0, {parent!r})
 import torch
@@ -170,6 +171,7 @@ cuda.load(library)
 x = torch.randn(1000)
 y = torch.ops.gpusim_test.leaky(x, 0.01)
 assert torch.equal(y, torch.where(x > 0, x, x * 0.01))
+assert torch.equal(torch.ops.gpusim_test.leaky(copy.deepcopy(x), 0.01), y)
 try:
     torch.ops.gpusim_test.leaky(torch.empty(100), 0.01)
 except RuntimeError as error:
