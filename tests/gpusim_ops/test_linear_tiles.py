@@ -75,8 +75,9 @@ def test_sums_split_over_blocks(dtype) -> None:
 def test_tf32(n) -> None:
     """float16 as the product type of float32 tensors asks for TF32 (10 bits of mantissa)."""
     x, weight, bias, z, reward = case((n,), 72, 68, torch.float32)
+    rule = rules.Epsilon()
     got = torch.ops.lfp_kernels.linear_redistribute(
-        x, weight, bias, z, reward, 0, run_params(rules.Epsilon()), True, True, True, 0,
+        x, weight, bias, z, reward, None, rule.code, run_params(rule), True, True, True, 0,
         torch.float16,
     )  # fmt: skip
     for name, result, truth in zip(("input", "weight"), got, oracle(x, weight, bias, z, reward)):
