@@ -20,20 +20,33 @@ def linear_in_tf32(x: Tensor) -> bool:
 
     ``torch.set_float32_matmul_precision``, ``torch.backends.cuda.matmul.allow_tf32`` and every
     ``fp32_precision`` show in the one value that is read here; the two older ones raise when they
-    are read after the newer one was set.
+    are read after the newer one was set. torch.compile compiles again when it changes.
     """
     if x.dtype != torch.float32 or not is_gpu(x):
         return False
-    return torch.backends.cuda.matmul.fp32_precision in ("tf32", "bf16")
+    return _matmul_precision() in ("tf32", "bf16")
 
 
 def conv_in_tf32(x: Tensor) -> bool:
     """The same of convolutions, which the switch of cuDNN can keep exact. That one is on by
-    default: alone it does not speak for the user."""
-    if not linear_in_tf32(x):
-        return False
+    default: alone it does not speak for the user. What torch.compile made keeps the value of
+    cuDNN's switch that it found."""
+    return linear_in_tf32(x) and _conv_precision() == "tf32"
+
+
+# torch.compile cannot trace how torch reads its switches, and takes them as constants. Of that for
+# matrix products it keeps watch itself.
+
+
+@torch.compiler.assume_constant_result
+def _matmul_precision() -> str:
+    return torch.backends.cuda.matmul.fp32_precision
+
+
+@torch.compiler.assume_constant_result
+def _conv_precision() -> str:
     cudnn: Any = torch.backends.cudnn  # torch's annotations leave its parts out
-    return cudnn.conv.fp32_precision == "tf32"
+    return cudnn.conv.fp32_precision
 
 
 def product_dtype(asked: torch.dtype, in_tf32: bool) -> torch.dtype:

@@ -87,6 +87,20 @@ def test_linear_follows_the_switch(n: int, switch) -> None:
     check(linear_results(n), tf32=False)
 
 
+def test_compiled_functions_follow_the_switch() -> None:
+    """The graph holds it as a constant: torch.compile has to notice when it changes."""
+    args = case((20,), 72, 68, torch.float32)
+    truth = oracle(*args)
+
+    def layer(x, weight, bias, z, reward):
+        return F.linear_redistribute(x, weight, bias, z, reward)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for precision, tf32 in (("highest", False), ("high", True), ("highest", False)):
+        torch.set_float32_matmul_precision(precision)
+        check([*zip(compiled(*args)[:2], truth)], tf32)
+
+
 def conv_results(layout: str) -> list[tuple[Tensor, Tensor]]:
     *exact, geometry = conv_case("2d-5x5")
     tensors = [t.float() for t in exact]
