@@ -71,7 +71,8 @@ test-gpusim-fast: $(GPUSIM)/.installed
 test-gpusim: $(GPUSIM)/.installed
 	$(SIMULATED) tests/gpusim
 	$(SIMULATED) --simulate cuda tests/gpusim_ops $(OPS)
-	$(SIMULATED) --simulate cuda --processors 1 tests/gpusim_ops/test_linear_tiles.py
+	$(SIMULATED) --simulate cuda --processors 1 tests/gpusim_ops/test_linear_tiles.py \
+		tests/gpusim_ops/test_cuda_long_sums.py
 	$(SIMULATED) --simulate cuda --capability 90 --processors 4 tests/gpusim_ops/test_cuda_hopper.py
 	$(SIMULATED) --simulate triton tests/gpusim_ops $(OPS)
 

@@ -37,7 +37,8 @@ def product_type(dtype: torch.dtype, product: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Core:
-    """The tile of a block. ``shared(along_a, along_b)``: bytes of its stages."""
+    """The tile of a block. ``shared(along_a, along_b)``: bytes of its stages. ``chain``: longer
+    sums also keep totals there; 0: they do not."""
 
     kernel: str
     token: str
@@ -46,6 +47,7 @@ class Core:
     k: int
     threads: int
     shared: Callable[[bool, bool], int]
+    chain: int = 0
 
 
 def _simt(unit: str, tile: int) -> Core:
@@ -53,7 +55,8 @@ def _simt(unit: str, tile: int) -> Core:
     k = 32 // size * (2 if tile == 64 else 1)
     operand = k * (tile * size + 16)
     token = f"SimtCore<{unit}, {tile}, {tile}, {k}>"
-    return Core("product_kernel", token, tile, tile, k, 256, lambda *_: 4 * operand)
+    chain = 256 if unit == "float" else 0
+    return Core("product_kernel", token, tile, tile, k, 256, lambda *_: 4 * operand, chain)
 
 
 def _mma(unit: str, tile: int, warp_m: int, warp_n: int) -> Core:
@@ -127,10 +130,12 @@ def launches_of(p: Product, unit: str, element: int, gpu: Gpu) -> list[Launch]:
     # the input epilogue has the width of its accesses for a second parameter
     end = ", " if p.tag == "InputEpilogue" else ">"
     tag = f"{p.tag}<{type_name(element, unit)}{end}"
+    shared = core.shared(p.a.along_k, p.b.along_k)
+    if core.chain and per_split > core.chain:
+        shared += 4 * core.m * core.n
     main = Launch(
-        core.kernel, (core.token, tag), tiles * splits, core.threads,
-        core.shared(p.a.along_k, p.b.along_k), p.flops, unit,
-    )  # fmt: skip
+        core.kernel, (core.token, tag), tiles * splits, core.threads, shared, p.flops, unit
+    )
     for operand, times in ((p.a, tiles_n), (p.b, tiles_m)):
         for name, sweep, distinct in operand.sweeps:
             main.load(name, times * sweep, distinct)

@@ -75,6 +75,10 @@ struct OnePassKernel {
   static constexpr int kPerProcessor = kBatch > 64 && sizeof(P) == 2 ? 1 : 2;
   static constexpr int V = kWide<T>;
   static_assert(Input::kThreads == kThreads && Weight::kThreads == kThreads);
+  // Exact products add a chain per tile: one over the whole range would err like its length. The
+  // largest batch has no registers for chain and total while the next tile is on its way.
+  static constexpr bool kChains = std::is_same_v<P, float>;
+  static constexpr bool kFetchLate = kChains && kBatch > 64;
 
   // The tile that is multiplied is W itself, or a rounded one: the update needs W as it is.
   static constexpr bool kExact = std::is_same_v<T, P> && std::is_floating_point_v<P>;
@@ -159,6 +163,16 @@ struct OnePassKernel {
     }
   }
 
+  static __device__ __forceinline__ void multiply(const Shared& shared, Input& input) {
+    if constexpr (kChains) {
+      Input chain;
+      chain.multiply(shared.s, shared.w);
+      input.add(chain);
+    } else {
+      input.multiply(shared.s, shared.w);
+    }
+  }
+
   // feedback[row.., col..] of one tile, into W or where it is wanted
   static __device__ __forceinline__ void finish_weight(const OnePass<T>& p, int64_t row,
                                                        int64_t col, const Shared& shared,
@@ -225,8 +239,10 @@ __global__ void __launch_bounds__(256, kBatch > 32 || sizeof(T) == 8 ? 1 : 2)
   for (int64_t row = begin; row < end; row += K::kRows) {
     K::put(p, raw, shared);
     __syncthreads();
-    if (row + K::kRows < end) K::fetch(p, row + K::kRows, col, raw);
-    if (p.wants_input) input.multiply(shared.s, shared.w);
+    const bool more = row + K::kRows < end;
+    if (!K::kFetchLate && more) K::fetch(p, row + K::kRows, col, raw);
+    if (p.wants_input) K::multiply(shared, input);
+    if (K::kFetchLate && more) K::fetch(p, row + K::kRows, col, raw);
     K::finish_weight(p, row, col, shared, visit_memory);
     if (p.weight.wants_row_sums && blockIdx.x == 0 && threadIdx.x < K::kRows &&
         row + threadIdx.x < p.w.rows) {

@@ -14,6 +14,8 @@
 // An epilogue with kTakesRuns is handed every run whole and sees to the end of the row itself.
 // An epilogue with wants_sums == false takes row sums only, the same bits as with the sums.
 // A core (product_simt.cuh, product_mma.cuh) keeps the tiles in shared memory and multiplies them.
+// One with kChain > 0 adds no more terms than that in a row; longer sums have Totals, behind its
+// tiles.
 #pragma once
 
 #include "common.cuh"
@@ -130,6 +132,21 @@ constexpr int blocks_per_processor() {
     return Core::kBlocksPerProcessor;
 }
 
+// Terms that are added in a row, 0: however many there are.
+template <class Core>
+constexpr int chain_of() {
+  if constexpr (requires { Core::kChain; })
+    return Core::kChain;
+  else
+    return 0;
+}
+
+template <class Core, class Shared>
+__device__ __forceinline__ auto& totals_behind(Shared& shared) {
+  static_assert(sizeof(Shared) % alignof(typename Core::Totals) == 0);
+  return *reinterpret_cast<typename Core::Totals*>(&shared + 1);
+}
+
 template <class Core, class OperandA, class OperandB, class Epilogue>
 __global__ void __launch_bounds__(Core::kThreads, blocks_per_processor<Core, Epilogue>())
     product_kernel(Problem<typename Core::Accumulator> p, OperandA a, OperandB b,
@@ -166,6 +183,9 @@ __global__ void __launch_bounds__(Core::kThreads, blocks_per_processor<Core, Epi
   __syncthreads();
   int now = 0;
   for (int64_t k = begin; k < end; k += Core::kTileK, now ^= 1) {
+    if constexpr (chain_of<Core>() > 0)
+      if (k > begin && (k - begin) % chain_of<Core>() == 0)
+        core.end_chain(totals_behind<Core>(shared), k - begin == chain_of<Core>());
     const bool more = k + Core::kTileK < end;
     if (more) {  // in flight while this stage is multiplied
       share_a.fetch(a, m0, k + Core::kTileK);
@@ -179,6 +199,8 @@ __global__ void __launch_bounds__(Core::kThreads, blocks_per_processor<Core, Epi
     }
     __syncthreads();
   }
+  if constexpr (chain_of<Core>() > 0)
+    if (end - begin > chain_of<Core>()) core.add(totals_behind<Core>(shared));
   if (wants_sums(epilogue))
     core.template visit<Epilogue::kWidth>(memory, [&](int m, int n, A(&sums)[Epilogue::kWidth]) {
       finish(p, epilogue, slot, m0 + m, n0 + n, sums);
@@ -273,10 +295,12 @@ void product(int64_t m, int64_t n, int64_t k, const OperandA& a, const OperandB&
              const Epilogue& epilogue, const Tensor& like, const Device& device,
              int64_t parts = 1) {
   using Shared = typename Core::template Shared<OperandA::kAlongK, OperandB::kAlongK>;
-  const size_t bytes = std::max(sizeof(Shared), Core::kVisitBytes);
   auto* kernel = product_kernel<Core, OperandA, OperandB, Epilogue>;
-  allow_shared(kernel, bytes);
   split_product<Core>(m, n, k, epilogue, like, device, parts, [&](const auto& p, dim3 grid) {
+    size_t bytes = std::max(sizeof(Shared), Core::kVisitBytes);
+    if constexpr (chain_of<Core>() > 0)
+      if (p.k_per_split > chain_of<Core>()) bytes = sizeof(Shared) + sizeof(typename Core::Totals);
+    allow_shared(kernel, bytes);
     kernel<<<grid, Core::kThreads, bytes, device.stream>>>(p, a, b, epilogue);
   });
 }

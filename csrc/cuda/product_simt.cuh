@@ -1,5 +1,9 @@
 // The core for float32 and float64: exact products on the ordinary units. 16 x 16 threads; each
 // owns runs of neighbouring rows and columns, sixteen runs apart.
+//
+// A float32 sum of k terms, one after another, errs like k; chains of kChain terms, whose sums are
+// then added, like sqrt(k kChain). Registers are short, so totals of chains wait in shared memory:
+// each thread has its own, touched once in kChain terms, and only where a sum is longer than that.
 #pragma once
 
 #include "common.cuh"
@@ -76,6 +80,12 @@ struct SimtCore {
   static constexpr int kRunM = TileA<false>::kRun, kRun = TileB<false>::kRun;
   static constexpr int kThreadM = kM / kSimtSide, kThreadN = kN / kSimtSide;
 
+  static constexpr int kChain = sizeof(A) == 4 ? 256 : 0;  // 0: one chain, however long
+  static_assert(kChain % kTileK == 0);
+  struct Totals {
+    Pack<A, kRun> value[kThreadM * kThreadN / kRun][kThreads];
+  };
+
   // Operands of any order arrive in the order that multiplies fastest.
   template <bool, bool>
   struct Shared {
@@ -99,6 +109,42 @@ struct SimtCore {
 #pragma unroll
         for (int j = 0; j < kThreadN; ++j) sums[i][j] += left[i] * right[j];
     }
+  }
+
+  // Ends a chain: its sums are added to the totals, or start them, and the next chain is empty.
+  __device__ __forceinline__ void end_chain(Totals& totals, bool first) {
+#pragma unroll
+    for (int i = 0; i < kThreadM; ++i)
+#pragma unroll
+      for (int r = 0; r < kThreadN / kRun; ++r) {
+        auto& mine = totals.value[i * (kThreadN / kRun) + r][threadIdx.x];
+        Pack<A, kRun> total = {};
+        if (!first) total = mine;
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) {
+          A& sum = sums[i][r * kRun + j];
+          total.value[j] += sum;
+          sum = A(0);
+        }
+        mine = total;
+      }
+  }
+  __device__ __forceinline__ void add(const SimtCore& chain) {
+#pragma unroll
+    for (int i = 0; i < kThreadM; ++i)
+#pragma unroll
+      for (int j = 0; j < kThreadN; ++j) sums[i][j] += chain.sums[i][j];
+  }
+  // The last chain and the totals of those before it.
+  __device__ __forceinline__ void add(const Totals& totals) {
+#pragma unroll
+    for (int i = 0; i < kThreadM; ++i)
+#pragma unroll
+      for (int r = 0; r < kThreadN / kRun; ++r) {
+        const auto total = totals.value[i * (kThreadN / kRun) + r][threadIdx.x];
+#pragma unroll
+        for (int j = 0; j < kRun; ++j) sums[i][r * kRun + j] += total.value[j];
+      }
   }
 
   // use(m, n, sums of kWidth neighbouring columns), with a run as the widest.

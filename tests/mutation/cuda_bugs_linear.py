@@ -12,7 +12,16 @@ ONE_PASS = plant(
     "csrc/cuda/linear_one_pass.cuh",
     ("barrier", "K::put(p, raw, shared);\n    __syncthreads();", "K::put(p, raw, shared);"),
     ("barrier", "    __syncthreads();  // everybody is done with the tile\n", ""),
-    ("pipeline", "K::fetch(p, row + K::kRows, col, raw);", "K::fetch(p, row, col, raw);"),
+    (
+        "pipeline",
+        "(!K::kFetchLate && more) K::fetch(p, row + K::kRows, col, raw);",
+        "(!K::kFetchLate && more) K::fetch(p, row, col, raw);",
+    ),
+    (
+        "pipeline",
+        "(K::kFetchLate && more) K::fetch(p, row + K::kRows, col, raw);",
+        "(K::kFetchLate && more) K::fetch(p, row, col, raw);",
+    ),
     ("mask", "if (o >= p.w.rows || i >= p.w.cols) return;", "if (i >= p.w.cols) return;"),
     ("mask", "if (i + k < p.w.cols) {", "{"),
     ("mask", "if (m >= batch || i >= cols) return;", "if (i >= cols) return;"),
@@ -124,8 +133,8 @@ PRODUCT = plant(
     ("pipeline", "k += Core::kTileK, now ^= 1)", "k += Core::kTileK)"),
     (
         "barrier",
-        "    __syncthreads();\n  }\n  if (wants_sums(epilogue))\n    core",
-        "  }\n  if (wants_sums(epilogue))\n    core",
+        "    __syncthreads();\n  }\n  if constexpr (chain_of",
+        "  }\n  if constexpr (chain_of",
     ),
     ("mask", "if (n + k < p.n) to[k] = sums[k];", "to[k] = sums[k];"),
     ("mask", "if (m >= p.m || n >= p.n) return;", "if (n >= p.n) return;"),
@@ -158,6 +167,36 @@ SIMT = plant(
     ),
     ("accumulation", "sums[i][j] += left[i] * right[j];", "sums[i][j] = left[i] * right[j];"),
     ("tail", "for (int k = 0; k < kTileK; ++k) {", "for (int k = 0; k < kTileK - 1; ++k) {"),
+)
+
+# Sums of more than one chain, on one processor.
+CHAINS = (
+    *plant(
+        "csrc/cuda/product.cuh",
+        ("accumulation", "k - begin == chain_of<Core>());", "true);"),
+        ("reduction", "(end - begin > chain_of<Core>()) core.add(", "(false) core.add("),
+        ("shared-memory opt-in", "    allow_shared(kernel, bytes);\n", ""),
+        (
+            "launch",
+            "bytes = sizeof(Shared) + sizeof(typename Core::Totals);",
+            "bytes = sizeof(typename Core::Totals);",
+        ),
+    ),
+    *plant(
+        "csrc/cuda/product_simt.cuh",
+        ("accumulation", "sizeof(A) == 4 ? 256 : 0;", "sizeof(A) == 4 ? 4096 : 0;"),
+        ("accumulation", "          sum = A(0);\n", ""),
+        (
+            "offset",
+            "kRun) + r][threadIdx.x];\n        Pack",
+            "kRun) + r][threadIdx.x / 2];\n        Pack",
+        ),
+        ("accumulation", "sums[i][j] += chain.sums[i][j];", "sums[i][j] = chain.sums[i][j];"),
+    ),
+    *plant(
+        "csrc/cuda/linear_one_pass.cuh",
+        ("accumulation", "kChains = std::is_same_v<P, float>;", "kChains = false;"),
+    ),
 )
 
 # Threads have several runs of a tile of 64 in float64 only.
@@ -270,6 +309,12 @@ HOPPER_INSTRUCTIONS = plant(
 GROUPS = (
     # One simulated processor: blocks then go down several tiles of rows.
     Group(f"--processors 1 {FLOAT32}", ONE_PASS + HOST, BUILT, "Float"),
+    Group(
+        "--processors 1 tests/gpusim_ops/test_cuda_long_sums.py",
+        CHAINS,
+        BUILT,
+        "Float",
+    ),
     Group(FLOAT32, OPERAND + EPILOGUE + RULE_CALL + PRODUCT + SIMT, BUILT, "Float"),
     Group(f"{TILES} -k float64", SIMT_RUNS, BUILT, "Double"),
     Group(f"{TILES} -k bfloat16", MMA, BUILT, "BFloat16"),
