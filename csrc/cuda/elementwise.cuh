@@ -11,7 +11,7 @@ constexpr int kUnroll = 2;
 
 // f.template operator()<V>(i) handles the elements i .. i + V - 1.
 template <int V, class F>
-__global__ void __launch_bounds__(kElementwiseThreads) elementwise_kernel(int64_t n, F f) {
+__global__ void __launch_bounds__(kElementwiseThreads, 4) elementwise_kernel(int64_t n, F f) {
   const int64_t packs = n / V;
   const int64_t first = int64_t(blockIdx.x) * (kElementwiseThreads * kUnroll) + threadIdx.x;
 #pragma unroll

@@ -54,7 +54,7 @@ struct Forward {
 };
 
 template <class T, int V, class N>
-__global__ void __launch_bounds__(kThreads) forward_scan_kernel(Forward<T> f) {
+__global__ void __launch_bounds__(kThreads, 4) forward_scan_kernel(Forward<T> f) {
   using A = Acc<T>;
   const int64_t m = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * V;
   if (m >= f.neurons) return;
