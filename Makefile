@@ -46,7 +46,7 @@ SIMULATED := GPUSIM_REQUIRE_CUDA=1 $(GPUSIM)/bin/python -m pytest -q
 OPS := $(addprefix tests/test_, activation.py sum_dropout.py update.py optim.py rewards.py \
 	batch_norm.py batch_norm_contract.py pool.py max_pool.py linear.py linear_update.py one_pass.py \
 	conv.py conv_contract.py golden.py alignment_metrics.py split_rules.py split_rules_conv.py \
-	feedback_rules.py norms.py embedding.py attention.py)
+	feedback_rules.py norms.py embedding.py attention.py alignment.py)
 $(GPUSIM)/.installed: requirements-gpusim.txt
 	$(PYTHON) -m venv $(GPUSIM)
 	$(GPUSIM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-gpusim.txt
