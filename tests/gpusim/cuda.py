@@ -6,10 +6,12 @@ cudart/. Load such a library in a process of its own: its ops stand where the CP
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -161,7 +163,9 @@ def _standin_objects() -> list[Path]:
 def _answer(find, text: int, size: int, name: bytes, message: int, capacity: int) -> int | None:
     try:
         return find(ctypes.string_at(text, size).decode(), name.decode())
-    except Exception as error:  # must not cross the C++ frames between here and the launch
+    except BaseException as error:  # must not cross the C++ frames between here and the launch
+        if isinstance(error, KeyboardInterrupt):
+            threading.Timer(0.1, _thread.interrupt_main).start()  # again, once they are left
         data = f"{type(error).__name__}: {error}".encode()[: capacity - 1] + b"\0"
         ctypes.memmove(message, data, len(data))
         print(f"gpusim: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,7 @@ def test_tensor_map_is_checked(hopper: ctypes.CDLL) -> None:
 TORCH_SESSION = """
 import copy
 import sys
+import time
 sys.path.insert(0, {parent!r})
 import torch
 from {package} import cuda, hook_torch
@@ -226,6 +228,20 @@ def test_edited_while_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         cuda.build([source], name="edited", torch=False)
     path = cuda.build([source], name="edited", torch=False)
     assert ctypes.CDLL(str(path)).value() == 2
+
+
+def test_interrupt_while_a_kernel_is_made() -> None:
+    """Ctrl-C must not hand the launcher garbage: the launch fails, then Python stops."""
+
+    def interrupted(text: str, name: str) -> int:
+        raise KeyboardInterrupt
+
+    message, text = ctypes.create_string_buffer(100), ctypes.create_string_buffer(b"ptx")
+    with pytest.raises(KeyboardInterrupt):
+        address = ctypes.addressof
+        assert cuda._answer(interrupted, address(text), 3, b"k", address(message), 100) is None
+        time.sleep(5)
+    assert message.value.startswith(b"KeyboardInterrupt")
 
 
 def test_compile_error_is_shown(tmp_path: Path) -> None:
