@@ -55,7 +55,7 @@ def _simt(unit: str, tile: int) -> Core:
     k = 32 // size * (2 if tile == 64 else 1)
     operand = k * (tile * size + 16)
     token = f"SimtCore<{unit}, {tile}, {tile}, {k}>"
-    chain = 256 if unit == "float" else 0
+    chain = {64: 64, 128: 256}[tile] if unit == "float" else 0
     return Core("product_kernel", token, tile, tile, k, 256, lambda *_: 4 * operand, chain)
 
 

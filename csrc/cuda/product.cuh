@@ -144,6 +144,7 @@ constexpr int chain_of() {
 template <class Core, class Shared>
 __device__ __forceinline__ auto& totals_behind(Shared& shared) {
   static_assert(sizeof(Shared) % alignof(typename Core::Totals) == 0);
+  static_assert(chain_of<Core>() % Core::kTileK == 0);
   return *reinterpret_cast<typename Core::Totals*>(&shared + 1);
 }
 

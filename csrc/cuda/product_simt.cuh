@@ -80,8 +80,8 @@ struct SimtCore {
   static constexpr int kRunM = TileA<false>::kRun, kRun = TileB<false>::kRun;
   static constexpr int kThreadM = kM / kSimtSide, kThreadN = kN / kSimtSide;
 
-  static constexpr int kChain = sizeof(A) == 4 ? 256 : 0;  // 0: one chain, however long
-  static_assert(kChain % kTileK == 0);
+  // 0: one chain, however long. Small tiles serve short work, where a total costs little.
+  static constexpr int kChain = sizeof(A) == 8 ? 0 : kM * kN > 64 * 64 ? 256 : 64;
   struct Totals {
     Pack<A, kRun> value[kThreadM * kThreadN / kRun][kThreads];
   };

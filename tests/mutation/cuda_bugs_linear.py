@@ -184,7 +184,7 @@ CHAINS = (
     ),
     *plant(
         "csrc/cuda/product_simt.cuh",
-        ("accumulation", "sizeof(A) == 4 ? 256 : 0;", "sizeof(A) == 4 ? 4096 : 0;"),
+        ("accumulation", "? 256 : 64;", "? 4096 : 4096;"),
         ("accumulation", "          sum = A(0);\n", ""),
         (
             "offset",
