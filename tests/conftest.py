@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _copy_foreign_memory() -> None:
-    """The checker knows the memory that torch allocates: what numpy or a file brought is copied."""
+    """The checker knows the memory that torch's allocator gives: all other memory is replaced by it."""
     import torch
 
     def copying(make):
@@ -81,6 +81,12 @@ def _copy_foreign_memory() -> None:
 
     for name in ("from_numpy", "as_tensor", "load"):
         setattr(torch, name, copying(getattr(torch, name)))
+
+    def clone(storage):  # copy.deepcopy's; torch's own takes memory from malloc
+        memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device=storage.device)
+        return memory.untyped_storage().copy_(storage)
+
+    torch.UntypedStorage.clone = clone
 
 
 def _copied(value):
