@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _copy_foreign_memory() -> None:
-    """The checker knows the memory that torch's allocator gives: all other memory is replaced by it."""
+    """The checker knows the memory of torch's allocator: what comes from elsewhere is copied there."""
     import torch
 
     def copying(make):
