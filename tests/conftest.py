@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _copy_foreign_memory() -> None:
-    """The checker knows the memory of torch's allocator: what comes from elsewhere is copied there."""
+    """The checker knows what torch's allocator gave: memory from elsewhere is copied there."""
     import torch
 
     def copying(make):
