@@ -82,12 +82,6 @@ def _copy_foreign_memory() -> None:
     for name in ("from_numpy", "as_tensor", "load"):
         setattr(torch, name, copying(getattr(torch, name)))
 
-    def clone(storage):  # copy.deepcopy's; torch's own takes memory from malloc
-        memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device=storage.device)
-        return memory.untyped_storage().copy_(storage)
-
-    torch.UntypedStorage.clone = clone
-
 
 def _copied(value):
     import torch
@@ -131,7 +125,9 @@ def simulate_triton(capability: int) -> None:
     from gpusim.triton_driver import SimDriver
 
     from lfp_kernels import backends
+    from lfp_kernels.ops import _cuda
 
+    _cuda.is_gpu = lambda x: True
     triton.runtime.driver.set_active(SimDriver(capability))
     # dynamo looks for a GPU before it understands a Triton kernel
     torch.utils._triton.has_triton = lambda: True

@@ -11,7 +11,7 @@ TF32 = torch.float16  # the code of TF32 as a product type (csrc/cuda/product_ty
 
 
 def is_gpu(x: Tensor) -> bool:
-    """Whether kernels of csrc/cuda run on x."""
+    """Whether the kernels of a GPU run on x."""
     return x.is_cuda
 
 

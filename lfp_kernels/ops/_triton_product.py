@@ -3,7 +3,7 @@
 A product has one of these modes:
   fp64  one column times one row at a time: few devices have tensor cores for float64
   ieee  exact float32
-  tf32  float32 operands rounded to tf32: enough where one of them is float16 and the result is
+  tf32  float32 operands rounded to 10 bits of mantissa, float16 ones as they are
   fp16, bf16  operands of this type; all modes but fp64 accumulate in float32
 """
 
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rules import Derivative, Rule
+from ._cuda import TF32
 from ._triton import (
     BLOCK,
     below_code,
@@ -40,13 +41,24 @@ def operand_type(mode):
 
 
 @triton.jit
+def to_tf32(v):
+    """A float32 operand rounded to the nearest value of tf32: tensor cores alone cut bits off."""
+    if v.dtype != tl.float32:
+        return v.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def product(a, b, total, MODE: tl.constexpr):
     """total[m, n] + a[m, k] b[k, n]"""
     operand: tl.constexpr = operand_type(MODE)
     if a.shape[1] == 1:  # a column times a row, without tensor cores
         return total + a.to(operand).to(total.dtype) * b.to(operand).to(total.dtype)
     elif MODE == "tf32":
-        return tl.dot(a.to(operand), b.to(operand), total, input_precision="tf32")
+        return tl.dot(to_tf32(a), to_tf32(b), total, input_precision="tf32")
     else:
         return tl.dot(a.to(operand), b.to(operand), total, input_precision="ieee")
 
@@ -69,14 +81,17 @@ def tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
 GROUP = tl.constexpr(8)
 
 
-def forward_mode(dtype: torch.dtype) -> str:
+def forward_mode(dtype: torch.dtype, in_tf32: bool = False) -> str:
+    """``in_tf32``: float32 tensors may use TF32."""
+    if in_tf32:
+        return feedback_mode(TF32)
     modes = {torch.float64: "fp64", torch.float32: "ieee", torch.float16: "fp16"}
     return modes.get(dtype, "bf16")
 
 
-def feedback_mode(dtype: torch.dtype, product_dtype: torch.dtype) -> str:
+def feedback_mode(product_dtype: torch.dtype) -> str:
     """Mode of the two feedback products; a float16 product keeps the range of float32 for s."""
-    if product_dtype == torch.float16:
+    if product_dtype == TF32:
         return "ieee" if torch.version.hip else "tf32"
     return forward_mode(product_dtype)
 

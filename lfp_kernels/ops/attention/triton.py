@@ -108,7 +108,7 @@ def redistribute(
         return to_q, to_k.zero_(), to_v.zero_()
     q, k, v, out, reward = (_rows(t) for t in (q, k, v, out, reward))
     acc, lse = accumulate_dtype(q.dtype), lse.contiguous()
-    mode, back = forward_mode(q.dtype), feedback_mode(q.dtype, q.dtype)
+    mode, back = forward_mode(q.dtype), feedback_mode(q.dtype)
     delta = q.new_empty(q.shape[:3], dtype=acc)
     signal = reward
     if attnlrp:  # a float16 signal keeps the range of float32

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...optim import Update
 from ...rules import Gradient, Matrix, Rule, RuleCall, accumulate_dtype
+from .. import _cuda
 from .._triton import (
     FEEDBACK,
     NO_HYPER,
@@ -90,7 +91,7 @@ def forward(
     }  # fmt: skip
     partial = _product(
         x, x, weight.contiguous(), z, x if bias is None else bias, geometry, geometry.transposed,
-        forward_mode(x.dtype), last, 1.0, 1.0, meta,
+        forward_mode(x.dtype, _cuda.conv_in_tf32(x)), last, 1.0, 1.0, meta,
     )  # fmt: skip
     if partial is not None:
         inner = 1 if last else z.shape[2:].numel()
@@ -198,7 +199,8 @@ def redistribute(
     rule, signal_in, product_dtype = call.rule, call.signal_in, call.product_dtype
     if rule.split:
         return redistribute_split(x, weight, bias, z, reward, geometry, call, need)
-    mode, weight = feedback_mode(x.dtype, product_dtype), weight.contiguous()
+    mode = feedback_mode(_cuda.product_dtype(product_dtype, _cuda.conv_in_tf32(x)))
+    weight = weight.contiguous()
     input_reward = bias_feedback = None
     if need[0]:
         input_reward = _input_reward(x, weight, z, reward, geometry, call, mode)
@@ -230,7 +232,7 @@ def redistribute_update(
         return redistribute_split(
             x, weight, bias, z, reward, geometry, call, need, weight_update, bias_update
         )[0]
-    mode = feedback_mode(x.dtype, product_dtype)
+    mode = feedback_mode(_cuda.product_dtype(product_dtype, _cuda.conv_in_tf32(x)))
     input_reward = None
     if need_input:  # reads W before any tile of it changes
         input_reward = _input_reward(x, weight, z, reward, geometry, call, mode)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ...optim import Update
 from ...rules import Derivative, Matrix, Rule, RuleCall, accumulate_dtype
+from .. import _cuda
 from .._triton import (
     FEEDBACK,
     NO_HYPER,
@@ -38,7 +39,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tenso
     z = x.new_empty(*x.shape[:-1], outputs)
     if z.numel() == 0:
         return z
-    rows, mode = z.numel() // outputs, forward_mode(x.dtype)
+    rows, mode = z.numel() // outputs, forward_mode(x.dtype, _cuda.linear_in_tf32(x))
     x = x.reshape(rows, inputs)
     bias = None if bias is None else bias.contiguous()
     tile = tiles(rows, outputs, inputs, mode)
@@ -164,7 +165,7 @@ def redistribute(
     rule, signal_in, product_dtype = call.rule, call.signal_in, call.product_dtype
     if rule.split:
         return redistribute_split(x, weight, bias, z, reward, call, need)
-    mode = feedback_mode(x.dtype, product_dtype)
+    mode = feedback_mode(_cuda.product_dtype(product_dtype, _cuda.linear_in_tf32(x)))
     input_reward = weight_feedback = bias_feedback = None
     if need[0]:
         input_reward = _input_reward(x, weight, z, reward, call, mode)
@@ -198,7 +199,7 @@ def redistribute_update(
         return redistribute_split(
             x, weight, bias, z, reward, call, need, weight_update, bias_update
         )[0]
-    mode = feedback_mode(x.dtype, product_dtype)
+    mode = feedback_mode(_cuda.product_dtype(product_dtype, _cuda.linear_in_tf32(x)))
     shared = need_input and rule.matrix_code == Matrix.WEIGHT  # W is in both products
     if shared and x.shape[0] <= _SMALL and mode != "fp64" and x.numel() and weight.numel():
         return _one_pass(

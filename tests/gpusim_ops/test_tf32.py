@@ -1,7 +1,7 @@
-"""torch's switch for float32 products reaches the CUDA kernels: off by default, then the results
-are exact; on, they are those of TF32, whose mantissa has 10 bits.
+"""torch's switch for float32 products reaches the GPU kernels: off by default, then the results are
+exact; on, they are those of TF32, whose mantissa has 10 bits.
 
-Runs under ``--simulate cuda``.
+Runs under ``--simulate cuda|triton``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from lfp_kernels import functional as F
 from lfp_kernels import optim, use_backend
 from lfp_kernels.ops import _cuda
-from lfp_kernels.rules import Epsilon
+from lfp_kernels.rules import Epsilon, Gradient
 
 pytestmark = pytest.mark.gpusim
 EXACT, LEAST, MOST = 2e-6, 2e-5, 1e-3  # relative errors; a product in TF32 rounds by 2^-11 = 5e-4
@@ -124,6 +124,26 @@ def test_convolutions_follow_both_switches(layout: str) -> None:
     check(conv_results(layout), tf32=True)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     check(conv_results(layout), tf32=False)
+
+
+@pytest.mark.parametrize("n", [20, 200])
+def test_operands_are_rounded_to_the_nearest(n: int) -> None:
+    """Tensor cores alone cut off the lower bits, which makes every product too small."""
+    value, nearest = 1 + 7 * 2**-13, 1 + 2**-10
+    x, weight = torch.full((n, 16), value), torch.eye(16)
+    z = reward = x  # the gradient's signal
+    by_precision()
+    with use_backend("native"):
+        results = [
+            F.linear(x, weight, None),
+            F.linear(weight, x, None),
+            F.linear_redistribute(x, weight, None, z, reward, Gradient()).input,
+            F.linear_redistribute(weight, x[:16], None, weight, weight, Gradient()).input,
+            F.linear_redistribute(x[:16], weight, None, weight, weight, Gradient()).weight,
+            F.linear_redistribute(weight, weight, None, x[:16], x[:16], Gradient()).weight,
+        ]
+    for k, result in enumerate(results):
+        assert (result == nearest).all(), f"result {k}: {result.flatten()[0]}"
 
 
 def test_other_types_and_devices_stay(monkeypatch: pytest.MonkeyPatch) -> None:
