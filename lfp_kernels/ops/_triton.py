@@ -58,6 +58,12 @@ def launch(
         kernel[(programs, groups)](*args, **meta)
 
 
+def registers(most: int) -> dict[str, int]:
+    """Meta-parameter of a launch: those a thread may use. Told so, ptxas does not spill a few words
+    to fit one more program on a multiprocessor."""
+    return {} if torch.version.hip else {"maxnreg": most}
+
+
 def blocks(count: int, block: int = BLOCK) -> int:
     """Programs of ``block`` elements that cover ``count`` elements."""
     return -(-count // block)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..optim import Update
 from ..rules import Gradient, Map, Parts, Rule, RuleCall, Signals, accumulate_dtype
 from ._triton import RELU, SIGMOID, TANH, divide, finish, finish_weight, load, stabilize, store
-from ._triton_product import Tiles
+from ._triton_product import Tiles, product
 
 _FINISHED = tl.constexpr(Gradient.code)  # its weight epilogue is the identity
 PLUS, _ALPHA_BETA = tl.constexpr(int(Signals.PLUS)), tl.constexpr(int(Signals.ALPHA_BETA))
@@ -50,6 +50,30 @@ def weight_parts(w, inside, RULE: tl.constexpr):
     elif KIND == _SQUARE:
         w = w * w
     return tl.where(w < 0, 0.0, w), tl.where(w > 0, 0.0, w)
+
+
+@triton.jit
+def add_product(a, b, total, MODE: tl.constexpr):
+    """total[m, n] + a[m, k] b[k, n]. Exact float32 sums up each block by itself: in one chain over
+    all of k roundings add up. An addition in place of the difference, Triton folds into the chain.
+    """
+    if MODE == "ieee":
+        return total - product(-a, b, tl.zeros_like(total), MODE)
+    else:
+        return product(a, b, total, MODE)
+
+
+@triton.jit
+def add_compensated(a, b, total, rest, MODE: tl.constexpr):
+    """(total[m, n] + a[m, k] b[k, n], rest), for sums that divide the reward, where every
+    rounding shows. rest: what the additions of blocks have rounded away (Kahan's summation).
+    """
+    if MODE == "ieee":
+        more = product(a, b, tl.zeros_like(total), MODE) - rest
+        after = total + more
+        return after, (after - total) - more
+    else:
+        return product(a, b, total, MODE), rest
 
 
 @triton.jit

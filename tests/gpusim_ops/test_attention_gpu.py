@@ -27,12 +27,6 @@ def only_cuda(request) -> None:
         pytest.skip("of the CUDA kernels")
 
 
-@pytest.fixture
-def only_triton(request) -> None:
-    if request.config.getoption("--simulate") != "triton":
-        pytest.skip("of the Triton kernels")
-
-
 def tensors(sizes, dtype, placed=lambda t: t) -> list[Tensor]:
     """q, k, v, reward with memory [B, L, H, E]; ``placed`` lays each of them out."""
     b, h, kv, queries, keys, e, f = sizes
@@ -213,44 +207,3 @@ def test_cuda_compiles(source, arch, only_cuda, monkeypatch) -> None:
             assert not re.search(r"\b(LDL|STL)\b", code), compiler.label(name)
             assert "LDG.E.128" in code and "STG.E.128" in code, compiler.label(name)
             assert ("HMMA" in code) == ("BFloat16" in name or "Half" in name), compiler.label(name)
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_triton_compiles(dtype, capability, only_triton, monkeypatch, tmp_path) -> None:
-    """To machine code of NVIDIA's without spills, for heads of 64 and 128 elements."""
-    import test_compile_triton as compiler
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    from lfp_kernels.ops.attention import triton as op
-
-    noted = {}
-
-    def note(*, fn, key, compile, **_) -> bool:
-        options = {name: compile[name] for name in ("num_warps", "num_stages")}
-        options["maxnreg"] = op.REGISTERS  # which the hook does not tell
-        kernel = fn.jit_function
-        noted[f"{kernel.__name__} {key}"] = compiler.Request(
-            kernel, compile["signature"], compile["constants"], compile["configs"][0], options
-        )
-        return True
-
-    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
-    for width in (64, 128):
-        q = torch.empty(2, 8, 1024, width, dtype=dtype, device="meta")
-        lse = torch.empty(2, 8, 1024, device="meta")
-        options = (None, True, 0.125, 0.0, 3)
-        op.forward(q, q, q, *options)
-        for attnlrp in (False, True):
-            op.redistribute(q, q, q, q, lse, q, *options, attnlrp, 1e-6)
-    assert len(noted) == 2 * 5
-    for request in noted.values():
-        kernel = compiler.compiled(request, GPUTarget("cuda", capability, 32))
-        code = compiler.machine_code(kernel.asm["cubin"], tmp_path)
-        assert "EXIT" in code
-        assert not [x for x in code.splitlines() if " LDL" in x or " STL" in x], (
-            request.kernel.__name__, request.constexprs,
-        )  # fmt: skip
-        assert kernel.metadata.shared <= 99 * 1024
-        assert dtype == torch.float32 or "MMA" in code

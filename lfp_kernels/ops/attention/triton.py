@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from ...rules import accumulate_dtype
-from .._triton import blocks, launch, power_of_2
+from .._triton import blocks, launch, power_of_2, registers
 from .._triton_product import feedback_mode, forward_mode
 from . import empty_heads
 from .triton_kernels import ADDS, HIDES, NO_MASK, forward_kernel, key_kernel, query_kernel
 
-REGISTERS = 255  # of a thread
 WIDEST = 256  # elements of a head: a block's rows are held whole
 
 
@@ -28,11 +27,10 @@ class _Tiles(NamedTuple):
 
     def options(self, owns_queries: bool) -> dict[str, Any]:
         m, n = (self.own, self.other) if owns_queries else (self.other, self.own)
-        found = {
+        return {
             "M": m, "N": n, "HELD": self.held, "num_warps": self.warps, "num_stages": self.stages,
+            **registers(255),
         }  # fmt: skip
-        # Said what it may use, ptxas does not spill a few words to fit one more program.
-        return found if torch.version.hip else {**found, "maxnreg": REGISTERS}
 
 
 def _tiles(mode: str, width: int, dropout: bool) -> _Tiles:

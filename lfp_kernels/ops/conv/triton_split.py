@@ -23,10 +23,12 @@ from .._triton import (
     load,
     states_of,
 )
-from .._triton_product import GROUP, Tiles, product, tile_of, tiles
+from .._triton_product import GROUP, Tiles, tile_of, tiles
 from .._triton_split import (
     PLUS,
     VALUE,
+    add_compensated,
+    add_product,
     finish_reward,
     finish_signals,
     finish_split_weight,
@@ -57,6 +59,19 @@ def load_pair(
             return first, load(second_ptr + offset, inside)
     else:
         return input_parts(first, inside, a, b, RULE)
+
+
+@triton.jit
+def _add(
+    source, w, total, rest, TO_INPUT: tl.constexpr, LAST: tl.constexpr, MODE: tl.constexpr
+):  # fmt: skip
+    """(sum, rest) with a product [positions, outputs] for LAST, else its transpose"""
+    first = source if LAST else w
+    second = w if LAST else source
+    if TO_INPUT:
+        return add_product(first, second, total, MODE), rest
+    else:
+        return add_compensated(first, second, total, rest, MODE)
 
 
 @triton.jit(do_not_specialize=[
@@ -98,6 +113,7 @@ def split_product_kernel(
     steps = tl.cdiv(inputs * taps, K) if FLAT else chunks * taps
     straight = tl.zeros([M, N] if LAST else [N, M], acc)
     crossed = tl.zeros([M, N] if LAST else [N, M], acc)
+    s_rest, c_rest = tl.zeros_like(straight), tl.zeros_like(crossed)
     for step in range(0, steps):
         if FLAT:
             k = step * K + tl.arange(0, K)
@@ -120,15 +136,13 @@ def split_product_kernel(
         w_mask = along(k_inside, P) & (output < outputs)
         w = load(w_at + along(channel, P) * w_in + w_tap, w_mask)
         w_p, w_n = weight_parts(w, w_mask, RULE)
-        straight = product(one, w_p, straight, MODE) if LAST else product(w_p, one, straight, MODE)
+        straight, s_rest = _add(one, w_p, straight, s_rest, TO_INPUT, LAST, MODE)
         if LEFT and RIGHT:
-            straight = (
-                product(two, w_n, straight, MODE) if LAST else product(w_n, two, straight, MODE)
-            )
+            straight, s_rest = _add(two, w_n, straight, s_rest, TO_INPUT, LAST, MODE)
         if CROSSED and RIGHT:
-            crossed = product(one, w_n, crossed, MODE) if LAST else product(w_n, one, crossed, MODE)
+            crossed, c_rest = _add(one, w_n, crossed, c_rest, TO_INPUT, LAST, MODE)
         if CROSSED and LEFT:
-            crossed = product(two, w_p, crossed, MODE) if LAST else product(w_p, two, crossed, MODE)
+            crossed, c_rest = _add(two, w_p, crossed, c_rest, TO_INPUT, LAST, MODE)
     inside = (row < rows) & (output < outputs)
     offset = batch * out_n + p_d.to(tl.int64) * o_d + p_h.to(tl.int64) * o_h
     offset += p_w.to(tl.int64) * o_w + (group * outputs + output) * out_c
@@ -200,13 +214,13 @@ def split_weight_kernel(
             small, small2 = tl.trans(small), tl.trans(small2)
         else:
             large, large2 = tl.trans(large), tl.trans(large2)
-        f1 = product(small, large, f1, MODE)
+        f1 = add_product(small, large, f1, MODE)
         if SMALL and LARGE:
-            f1 = product(small2, large2, f1, MODE)
+            f1 = add_product(small2, large2, f1, MODE)
         if SIGNED and LARGE:
-            f2 = product(small, large2, f2, MODE)
+            f2 = add_product(small, large2, f2, MODE)
         if SIGNED and SMALL:
-            f2 = product(small2, large, f2, MODE)
+            f2 = add_product(small2, large, f2, MODE)
     inside = (output[:, None] < outputs) & (column[None, :] < columns)
     place = channel * taps + tap if LAST else column
     offset = (group * outputs + output)[:, None] * columns + place[None, :]

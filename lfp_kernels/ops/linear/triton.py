@@ -18,6 +18,7 @@ from .._triton import (
     launch,
     power_of_2,
     prologue_code,
+    registers,
     states_of,
 )
 from .._triton_product import (
@@ -31,6 +32,7 @@ from .triton_kernels import forward_kernel, input_kernel, one_pass_kernel, weigh
 from .triton_split import redistribute_split
 
 _PROGRAMS = 256  # of the one-pass kernel
+_PART = 128  # outputs of one of them, at least
 _SMALL = 32  # rows up to which one program holds the whole batch
 
 
@@ -131,9 +133,12 @@ def _one_pass(
 ) -> Tensor:  # fmt: skip
     (rows, inputs), outputs = x.shape, weight.shape[0]
     out, acc = x.new_empty(x.shape), accumulate_dtype(x.dtype)
-    m, n, k = power_of_2(rows, 16), power_of_2(inputs, 16, 64), power_of_2(outputs, 16, 32)
+    # Exact products hold their operands in registers: more than 16 outputs at a time, or 32 rows in
+    # 8 warps, would spill some.
+    m, n, k = power_of_2(rows, 16), power_of_2(inputs, 16, 64), 16
+    warps = 16 if mode == "ieee" and m > 16 else 8
     strips = blocks(inputs, n)
-    parts = max(1, min(_PROGRAMS // strips, blocks(outputs, 4 * k)))
+    parts = max(1, min(_PROGRAMS // strips, blocks(outputs, _PART)))
     part = blocks(outputs, parts * k) * k
     parts = blocks(outputs, part)
     partial = x.new_empty((parts, rows, inputs), dtype=acc)
@@ -145,7 +150,7 @@ def _one_pass(
         outputs, part, *x.stride(), *reward.stride(), *z.stride(), rule.stabilizer,
         *weight_update.hyper, PROLOGUE=prologue_code(rule, signal_in), RULE=rule.code,
         OPTIMIZER=weight_update.code, BIAS=of_bias, MODE=mode, M=m, N=n, K=k,
-        num_warps=8, num_stages=2,
+        num_warps=warps, num_stages=2, **registers(128),
     )  # fmt: skip
     finish_input(partial, x.contiguous(), out, rule, below)
     if bias is not None and sums is not None:

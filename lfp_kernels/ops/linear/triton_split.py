@@ -14,10 +14,12 @@ from torch import Tensor
 from ...optim import Update
 from ...rules import RuleCall, Signals, accumulate_dtype
 from .._triton import FEEDBACK, NO_HYPER, accumulate_type, below_code, launch, load, states_of
-from .._triton_product import GROUP, Tiles, product, tile_of, tiles
+from .._triton_product import GROUP, Tiles, tile_of, tiles
 from .._triton_split import (
     PLUS,
     VALUE,
+    add_compensated,
+    add_product,
     finish_reward,
     finish_signals,
     finish_split_weight,
@@ -43,18 +45,19 @@ def signals_kernel(
     a, b, eps = a.to(acc), b.to(acc), eps.to(acc)
     row, output = m * M + tl.arange(0, M)[:, None], n * N + tl.arange(0, N)[:, None]
     positive, negative = tl.zeros([M, N], acc), tl.zeros([M, N], acc)
+    p_rest, n_rest = tl.zeros([M, N], acc), tl.zeros([M, N], acc)
     for first in range(0, inputs, K):
         k = first + tl.arange(0, K)[None, :]
         x_mask, w_mask = (row < rows) & (k < inputs), (output < outputs) & (k < inputs)
         x_a, x_b = input_parts(load(x_ptr + row * inputs + k, x_mask), x_mask, a, b, RULE)
         w_p, w_n = weight_parts(load(w_ptr + output * inputs + k, w_mask), w_mask, RULE)
-        positive = product(x_a, tl.trans(w_p), positive, MODE)
+        positive, p_rest = add_compensated(x_a, tl.trans(w_p), positive, p_rest, MODE)
         if SECOND:
-            positive = product(x_b, tl.trans(w_n), positive, MODE)
+            positive, p_rest = add_compensated(x_b, tl.trans(w_n), positive, p_rest, MODE)
         if KIND != PLUS:
-            negative = product(x_a, tl.trans(w_n), negative, MODE)
+            negative, n_rest = add_compensated(x_a, tl.trans(w_n), negative, n_rest, MODE)
             if SECOND:
-                negative = product(x_b, tl.trans(w_p), negative, MODE)
+                negative, n_rest = add_compensated(x_b, tl.trans(w_p), negative, n_rest, MODE)
     output = n * N + tl.arange(0, N)[None, :]
     inside, offset = (row < rows) & (output < outputs), row * outputs + output
     finish_signals(
@@ -82,14 +85,14 @@ def split_input_kernel(
         w_mask = (k[:, None] < outputs) & (column < inputs)
         w_p, w_n = weight_parts(load(w_ptr + w_at, w_mask), w_mask, RULE)
         u = load(u_ptr + s_at, s_mask)
-        g1 = product(u, w_p, g1, MODE)
+        g1 = add_product(u, w_p, g1, MODE)
         if SECOND:
-            g2 = product(u, w_n, g2, MODE)
+            g2 = add_product(u, w_n, g2, MODE)
         if KIND != PLUS:
             v = load(v_ptr + s_at, s_mask)
-            g1 = product(v, w_n, g1, MODE)
+            g1 = add_product(v, w_n, g1, MODE)
             if SECOND:
-                g2 = product(v, w_p, g2, MODE)
+                g2 = add_product(v, w_p, g2, MODE)
     inside, offset = (row < rows) & (column < inputs), row * inputs + column
     finish_reward(g1, g2, x_ptr, out_ptr, offset, inside, a.to(acc), b.to(acc), RULE, BELOW, SECOND)
 
@@ -117,15 +120,15 @@ def split_weight_kernel(
         x_mask = (row < rows) & (column < inputs)
         x_a, x_b = input_parts(load(x_ptr + row * inputs + column, x_mask), x_mask, a, b, RULE)
         u = tl.trans(load(u_ptr + s_at, s_mask))
-        f1 = product(u, x_a, f1, MODE)
+        f1 = add_product(u, x_a, f1, MODE)
         if SECOND and SIGNED:
-            f2 = product(u, x_b, f2, MODE)
+            f2 = add_product(u, x_b, f2, MODE)
         if KIND != PLUS:
             v = tl.trans(load(v_ptr + s_at, s_mask))
             if SIGNED:
-                f2 = product(v, x_a, f2, MODE)
+                f2 = add_product(v, x_a, f2, MODE)
             if SECOND:
-                f1 = product(v, x_b, f1, MODE)
+                f1 = add_product(v, x_b, f1, MODE)
     inside = (output[:, None] < outputs) & (column < inputs)
     offset = output[:, None] * inputs + column
     hyper = (
@@ -164,6 +167,7 @@ def redistribute_split(
     rule, acc = call.rule, accumulate_dtype(x.dtype)
     (rows, inputs), outputs = x.shape, weight.shape[0]
     x, weight, z, reward = (t.contiguous() for t in (x, weight, z, reward))
+    bias = None if bias is None else bias.contiguous()
     meta: dict[str, Any] = {
         "RULE": rule.code, "SECOND": has_second_part(call), "MODE": split_mode(x)
     }  # fmt: skip
