@@ -70,6 +70,7 @@ test-gpusim-fast: $(GPUSIM)/.installed
 # All of it: every op test on both backends, sm_90a, traffic, what the compilers say.
 test-gpusim: $(GPUSIM)/.installed
 	$(SIMULATED) tests/gpusim
+	$(SIMULATED) -m "not slow" tests/gpusim_ops
 	$(SIMULATED) --simulate cuda tests/gpusim_ops $(OPS)
 	$(SIMULATED) --simulate cuda --processors 1 tests/gpusim_ops/test_linear_tiles.py \
 		tests/gpusim_ops/test_cuda_long_sums.py

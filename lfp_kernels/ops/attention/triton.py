@@ -43,7 +43,8 @@ def _tiles(mode: str, width: int, dropout: bool) -> _Tiles:
         return _Tiles(16 if width > 128 else 32, 16, 4, 1, True)
     if width > 128:
         return _Tiles(32, 16, 8, 1, True)
-    return _Tiles(32 if dropout or width > 64 else 64, 32, 4 if width <= 64 else 8, 1, True)
+    warps = 4 if width <= 64 or torch.version.hip else 8  # AMD's have 64 threads
+    return _Tiles(32 if dropout or width > 64 else 64, 32, warps, 1, True)
 
 
 def _rows(t: Tensor) -> Tensor:
