@@ -123,14 +123,20 @@ def simulate_triton(capability: int) -> None:
     import torch.utils._triton
     import triton
     from gpusim.triton_driver import SimDriver
+    from torch._inductor import config as inductor
+    from torch._inductor.runtime import triton_heuristics
 
     from lfp_kernels import backends
     from lfp_kernels.ops import _cuda
 
     _cuda.is_gpu = lambda x: True
-    triton.runtime.driver.set_active(SimDriver(capability))
-    # dynamo looks for a GPU before it understands a Triton kernel
+    driver = SimDriver(capability)
+    triton.runtime.driver.set_active(driver)
+    # dynamo looks for a GPU before it understands a Triton kernel; inductor would compile it for
+    # the device of the tensors, and in other processes
     torch.utils._triton.has_triton = lambda: True
+    triton_heuristics.GPUTarget = lambda *_: driver.get_current_target()
+    inductor.compile_threads = 1
     for table in backends._implementations.values():
         if "triton" in table:
             table["native"] = replace(table["triton"], devices=None)
