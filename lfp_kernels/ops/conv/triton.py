@@ -24,6 +24,7 @@ from .._triton import (
     states_of,
 )
 from .._triton_product import (
+    Tiles,
     feedback_mode,
     finish_forward,
     finish_input,
@@ -36,6 +37,11 @@ from .layout import empty, strided_channels_last
 from .triton_kernels import product_kernel, weight_kernel
 from .triton_launch import is_long, window, with_warps
 from .triton_split import redistribute_split
+
+
+def _shallow(tile: Tiles, mode: str) -> Tiles:
+    """Of TF32, float32 values and their places would not fit the registers by 32."""
+    return tile._replace(k=min(tile.k, 16)) if mode == "tf32" else tile
 
 
 def _product(
@@ -58,7 +64,8 @@ def _product(
     rows = out.shape[0] * out.shape[2:].numel()
     thin = inputs <= 4 and outputs <= 4  # depthwise: a tensor core would multiply zeros
     flat = inputs < 16 or thin or mode == "fp64"
-    tile = tiles(rows, outputs, inputs * taps if flat else inputs, mode, groups, thin, heavy=True)
+    depth = inputs * taps if flat else inputs
+    tile = _shallow(tiles(rows, outputs, depth, mode, groups, thin, heavy=True), mode)
     made = 1 if given is None and seed == 0 and a == 0 else 2  # a place of W and one of its draw
     tile = with_warps(tile, tile.m * tile.k * made)
     steps = blocks(inputs * taps, tile.k) if flat else blocks(inputs, tile.k) * taps
@@ -162,7 +169,7 @@ def _weight_product(
     elif geometry.transposed:
         small, large, signal = x, reward, "large"
     positions = small.shape[0] * small.shape[2:].numel()
-    tile = tiles(outputs, inputs * taps, positions, mode, groups, heavy=True)
+    tile = _shallow(tiles(outputs, inputs * taps, positions, mode, groups, heavy=True), mode)
     tile = with_warps(tile, (tile.m + tile.n) * tile.k)
     acc, parts = accumulate_dtype(x.dtype), tile.splits
     sums = weight.new_empty((parts, groups * outputs), dtype=acc) if bias else None
