@@ -27,6 +27,12 @@ def test_bfloat16_products_match_the_oracle(
     check_update(n, rows, columns, name, True, dtype, torch.bfloat16)
 
 
+# Multiplied in float32, converted while it is packed.
+@pytest.mark.parametrize("name", SPECS)
+def test_float16_layers_match_the_oracle(name: str) -> None:
+    check_update(130, 520, 515, name, True, torch.float16)
+
+
 # A weight that no cache holds: the input product is ours as well. More rows than are packed at
 # once, a part of a block of columns, and the longest batch.
 @pytest.mark.parametrize(
@@ -36,11 +42,11 @@ def test_input_products_of_large_weights_match_the_oracle(n: int, rows: int, col
     check_update(n, rows, columns, "sgd", need_input=True)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 products"])
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "bfloat16 products"])
 @pytest.mark.parametrize(("n", "rows", "columns"), [(31, 523, 700), (130, 600, 515)])
 def test_stored_feedback_matches_the_oracle(n: int, rows: int, columns: int, kind: str) -> None:
-    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     product = torch.bfloat16 if kind == "bfloat16 products" else None
+    dtype = torch.float32 if product else getattr(torch, kind)
     x, weight, z = (t.to(dtype) for t in layer(n, rows, columns))
     bias = weight[:, 0].clone()
 
