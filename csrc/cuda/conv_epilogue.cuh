@@ -13,6 +13,13 @@ namespace lfp::cuda {
 template <class Core>
 inline constexpr int kConvBlocks = std::min(Core::kBlocksPerProcessor, Core::kTileK > 16 ? 2 : 3);
 
+// Three blocks of the weight product would spill where the compiler needs more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMostKernelBlocks = 2;
+#else
+constexpr int kMostKernelBlocks = 3;
+#endif
+
 // The sums at the positions of one side:
 //   forward         z = sum + bias, relu
 //   input product   r_in = input_epilogue(sum, x), or the signal of the layer below
@@ -131,7 +138,7 @@ struct KernelEpilogue {
   static constexpr int kWidth = kWide<T>;
   static constexpr bool kTakesRuns = true;
   template <class Core>
-  static constexpr int kBlocksPerProcessor = kConvBlocks<Core>;
+  static constexpr int kBlocksPerProcessor = std::min(kConvBlocks<Core>, kMostKernelBlocks);
   ParameterUpdate<T> weight, bias;
   RuleCall<Acc<T>> rule;
   int rows, taps;          // small channels of one group

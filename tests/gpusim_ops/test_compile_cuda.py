@@ -32,6 +32,8 @@ pytestmark = pytest.mark.gpusim
 BOUNDS: tuple[tuple[str, int] | tuple[str, int, str], ...] = (
     (r"backward_scan_kernel.*Li8E", 168, "100 120"),  # 3 blocks of 128
     (r"held_rows_kernelId", 255, "100 120"),  # 1 block of 256
+    (r"reduce_splits_kernel.*KernelEpilogueI.*(Half|BFloat16)", 128, "100 120"),  # 2 blocks of 256
+    (r"product_kernel.*Tf32ELi64ELi64E.*KernelEpilogue", 255, "100 120"),  # 2 blocks of 128
     (r"elementwise_kernel", 64),  # 4 blocks of 256
     (r"(root|squares|statistics|feedback|spike_rate|add_ranges|alignment)_kernel", 64),
     (r"over_steps_kernel", 64),
