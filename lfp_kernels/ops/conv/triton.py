@@ -21,6 +21,7 @@ from .._triton import (
     finish,
     launch,
     prologue_code,
+    registers,
     states_of,
 )
 from .._triton_product import (
@@ -42,6 +43,11 @@ from .triton_split import redistribute_split
 def _shallow(tile: Tiles, mode: str) -> Tiles:
     """Of TF32, float32 values and their places would not fit the registers by 32."""
     return tile._replace(k=min(tile.k, 16)) if mode == "tf32" else tile
+
+
+def _options(tile: Tiles, mode: str) -> dict[str, int]:
+    """Meta-parameters of a launch."""
+    return {**tile.options(), **(registers(255) if mode == "tf32" else {})}
 
 
 def _product(
@@ -79,7 +85,8 @@ def _product(
         blocks(steps, tile.splits), seed, *w_strides, weight.numel() // groups,
         *axes(out.shape[2:]), *axes(src.shape[2:]), *window(weight, geometry), *strides(src),
         *strides(z), *strides(out), out.numel(), eps, below, a, SCATTER=scatter, LAST=last,
-        FLAT=flat, LONG=is_long(out, src, z), MODE=mode, groups=groups, **meta, **tile.options(),
+        FLAT=flat, LONG=is_long(out, src, z), MODE=mode, groups=groups, **meta,
+        **_options(tile, mode),
     )  # fmt: skip
     return target if tile.splits > 1 else None
 
@@ -186,7 +193,7 @@ def _weight_product(
         rule.stabilizer, *hyper, SIGNAL=signal, PROLOGUE=prologue_code(rule, signal_in),
         RULE=rule.code, OPTIMIZER=code, BIAS=bias,
         LAST=strided_channels_last(x) or strided_channels_last(reward),
-        LONG=is_long(small, large, z), MODE=mode, groups=groups, **tile.options(),
+        LONG=is_long(small, large, z), MODE=mode, groups=groups, **_options(tile, mode),
     )  # fmt: skip
     if parts > 1 and columns:
         finish(target, weight, rule.code, update, out, parts)
