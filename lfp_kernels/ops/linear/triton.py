@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...optim import Update
@@ -136,7 +137,7 @@ def _one_pass(
     # Exact products hold their operands in registers: more than 16 outputs at a time, or 32 rows in
     # 8 warps, would spill some.
     m, n, k = power_of_2(rows, 16), power_of_2(inputs, 16, 64), 16
-    warps = 16 if mode == "ieee" and m > 16 else 8
+    warps = 16 if mode == "ieee" and m > 16 and not torch.version.hip else 8
     strips = blocks(inputs, n)
     parts = max(1, min(_PROGRAMS // strips, blocks(outputs, _PART)))
     part = blocks(outputs, parts * k) * k

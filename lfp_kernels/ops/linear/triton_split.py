@@ -176,6 +176,8 @@ def redistribute_split(
     a, b = rule.first, rule.second
     if u.numel():
         tile = _tiles(rows, outputs, inputs, meta["MODE"])
+        if torch.version.hip:  # whose warps have 64 threads, of 512 registers where there are four
+            tile = tile._replace(warps=min(tile.warps, 4))
         launch(
             signals_kernel, tile.programs(rows, outputs), x, x, weight, x if bias is None else bias,
             reward, z, u, v, rows, inputs, outputs, rule.stabilizer, a, b, BIAS=bias is not None,
