@@ -340,12 +340,16 @@ def test_direct_opcheck():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_products_in_bfloat16(rule):
+def test_products_in_bfloat16(rule, request):
+    # CUDA C++ multiplies with matrices that it forms on the way in float32 (docs/gpu.md).
+    formed = Matrix(rule.matrix_code) not in (Matrix.WEIGHT, Matrix.GIVEN)
+    on_cuda = "cuda" in map(request.config.getoption, ("--simulate", "--device"))
     args = case((40,), 300, 70, torch.float32)
     given = given_for(rule, args[1])
     exact = run("native", *args, rule, matrix=given)
     narrow = run("native", *args, rule, matrix=given, product_dtype=torch.bfloat16)
-    for got, want in zip(narrow[:2], exact[:2]):
+    for got, want, kept in zip(narrow[:2], exact[:2], (formed and on_cuda, False)):
         error = float((got - want).norm() / want.norm())
         assert got.dtype == torch.float32
-        assert 1e-4 < error < 6e-3, f"relative error {error}, bfloat16 has 2^-9 = 2e-3"
+        fine = error == 0 if kept else 1e-4 < error < 6e-3
+        assert fine, f"relative error {error}, bfloat16 has 2^-9 = 2e-3"
