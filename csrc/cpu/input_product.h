@@ -36,8 +36,8 @@ struct NextRows {
   }
 };
 
-// Columns [begin, end) of the result, with scratch for them:
-// W[out, in], signal packed whole by pack_rows.
+// Columns [begin, end) of the result, with scratch for them: W[out, in], the signal packed whole by
+// pack_row_panels.
 template <class Factors, class T, class Finish, class Packed = typename Factors::Packed>
 LFP_V4 void input_columns(const Packed* signal, const T* w, const T* x, T* to, int64_t rows,
                           int64_t in, int64_t out, int64_t begin, int64_t end, Finish finish,
@@ -48,7 +48,7 @@ LFP_V4 void input_columns(const Packed* signal, const T* w, const T* x, T* to, i
   for (int64_t k = 0; k < out; k += kInputDepth) {
     const int64_t depth = std::min(kInputDepth, out - k), steps = Factors::steps(depth);
     const T* from = w + k * in + begin;
-    Factors::template pack<kBlock>(from, in, depth, columns, packed);
+    pack_panels<kBlock>(from, in, depth, columns, packed);
     const int64_t left_rows = std::min(kInputDepth, out - k - depth);
     const int64_t lines = left_rows * NextRows<T>::kOfRow;
     NextRows<T> next{from + depth * in, in, 0, lines, (lines + products - 1) / products};
@@ -81,9 +81,8 @@ void input_product(const P* s, const T* w, const T* x, T* to, int64_t n, int64_t
   const int64_t groups = (n + kRows - 1) / kRows, size = kRows * Factors::steps(out);
   const auto signal = scratch<Packed>(groups * size);
   parallel_items(groups, size, [&](int64_t first, int64_t last) {
-    Factors::template pack_rows<kRows>(s + first * kRows * out, out, out,
-                                       std::min(n, last * kRows) - first * kRows,
-                                       signal.get() + first * size);
+    pack_row_panels<kRows>(s + first * kRows * out, out, out,
+                           std::min(n, last * kRows) - first * kRows, signal.get() + first * size);
   });
   // The same number of blocks of columns for every thread.
   const int64_t threads = torch::stable::get_num_threads();

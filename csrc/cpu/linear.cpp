@@ -3,6 +3,8 @@
 //   r_in     = input_epilogue(s W, x)         [N, I]
 //   feedback = weight_epilogue(s^T x, W)      [O, I],  bias: weight_epilogue(sum_n s, b)
 // The update form applies feedback to W tile by tile, right behind the product of that tile.
+#include <array>
+
 #include "input_product.h"
 #include "linear_layer.h"
 #include "one_pass.h"
@@ -70,7 +72,7 @@ Tensor redistribute_input(const Layer& layer, const Tensor& s) {
   if (kind != Matrix::kWeight && kind != Matrix::kGiven) return linear_formed_input(layer, s);
   const Tensor& m = kind == Matrix::kGiven ? *layer.matrix : layer.weight;
 #if LFP_WIDE
-  if constexpr (std::is_same_v<P, float> || std::is_same_v<P, BFloat16>)
+  if constexpr (kHasWide<P>)
     if (input_product_pays<P>(layer.n(), layer.in(), layer.out())) {
       Tensor g = torch::stable::empty_like(layer.x);
       with_input_epilogue<T>(layer.call, [&](auto finish) {
@@ -107,26 +109,53 @@ void column_sums(const Tensor& s, double* sums) {
                               });
 }
 
-// feedback[O,I] = weight_epilogue(s^T x, W). Where `sums` is not null it gets sum_n s, unless W is
-// empty.
-template <class T, class P, class Rule>
-void weight_feedback(const Layer& layer, const Tensor& s, T* feedback, RuleParams<Acc<T>> p,
-                     double* sums) {
-  const T* w = data<T>(layer.weight);
+// The feedback of weight i goes into the optimizer's step of W and its states a, b (null where the
+// optimizer has none).
+template <class T, class Rule, class Optimizer>
+struct UpdateWeight {
+  using Element = T;
+  T *w, *a, *b;
+  RuleParams<Acc<T>> p;
+  OptimizerParams<Acc<T>> h;
+  static constexpr int64_t kArrays = 1 + Optimizer::kStates;
+  std::array<const T*, 3> read() const { return {w, a, b}; }
+  LFP_HD void operator()(Acc<T> raw, int64_t i) const {
+    update_one<Rule, Optimizer>(raw, w, a, b, i, p, h);
+  }
+};
+
+// It is stored.
+template <class T, class Rule>
+struct StoreFeedback {
+  using Element = T;
+  const T* w;
+  T* feedback;
+  RuleParams<Acc<T>> p;
+  static constexpr int64_t kArrays = 1;
+  std::array<const T*, 1> read() const { return {w}; }
+  LFP_HD void operator()(Acc<T> raw, int64_t i) const {
+    store(feedback, i, Rule::weight_epilogue(raw, load(w, i), p));
+  }
+};
+
+// finish(raw, i) for the elements i of s^T x [O, I], a tile at a time, while it is in cache. Where
+// `sums` is not null it gets sum_n s.
+template <class T, class P, class Finish>
+void weight_product(const Layer& layer, const Tensor& s, Finish finish, double* sums) {
   const int64_t n = layer.n(), in = layer.in(), out = layer.out();
 #if LFP_WIDE
-  if constexpr (std::is_same_v<P, float> || std::is_same_v<P, BFloat16>)
+  if constexpr (kHasWide<P>)
     if (one_pass_pays<P>(n, in, out)) {
       if (sums) column_sums<P>(s, sums);
-      const StoreBlocks<T, Rule> blocks{w, feedback, p};
-      return one_pass<P>(data<P>(s), data<T>(layer.x), blocks, n, in, out);
+      return one_pass<P>(data<P>(s), data<T>(layer.x), finish, n, in, out);
     }
 #endif
-  signal_tiles<P>(s, as_product_type<T, P>(layer.x), sums,
-                  [=](int64_t begin, int64_t rows, const P* tile) {
-                    const int64_t at = begin * in;
-                    feedback_range<T, Rule>(tile, w + at, feedback + at, rows * in, p);
-                  });
+  if (sums && in == 0) column_sums<P>(s, sums);
+  signal_tiles<P>(
+      s, as_product_type<T, P>(layer.x), sums, [=](int64_t begin, int64_t rows, const P* tile) {
+        const int64_t at = begin * in;
+        serial_loop(0, rows * in, [=](int64_t i) { finish(static_cast<Acc<T>>(tile[i]), at + i); });
+      });
 }
 
 Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
@@ -143,18 +172,19 @@ Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor>
     using A = Acc<T>;
     const Tensor s = signal<T, P>(layer.reward, layer.z, layer.call, kOp);
     const auto p = rule_params<A>(params);
-    const int64_t in = layer.in();
     if (need_input) std::get<0>(result) = redistribute_input<T, P>(layer, s);
     dispatch_weight_epilogue<A>(RuleCode(rule).weight, kOp, [&](auto functor) {
       using Rule = decltype(functor);
       std::vector<double> sums(need_bias && bias ? layer.out() : 0, 0.0);
       double* to_bias = sums.empty() ? nullptr : sums.data();
       if (need_weight) {
-        std::get<1>(result) = torch::stable::empty_like(layer.weight);
-        weight_feedback<T, P, Rule>(layer, s, data<T>(std::get<1>(result)), p, to_bias);
+        const Tensor& w = layer.weight;
+        const Tensor& feedback = std::get<1>(result) = torch::stable::empty_like(w);
+        weight_product<T, P>(layer, s, StoreFeedback<T, Rule>{data<T>(w), data<T>(feedback), p},
+                             to_bias);
       }
       if (to_bias) {
-        if (!need_weight || in == 0) column_sums<P>(s, to_bias);
+        if (!need_weight) column_sums<P>(s, to_bias);
         const Tensor& b = *layer.bias;
         Tensor& feedback = std::get<2>(result) = torch::stable::empty_like(b);
         feedback_range<T, Rule>(sums.data(), data<T>(b), data<T>(feedback), layer.out(), p);
@@ -162,31 +192,6 @@ Redistributed linear_redistribute(Tensor x, Tensor weight, std::optional<Tensor>
     });
   });
   return result;
-}
-
-// W and its states take one optimizer step along weight_epilogue(s^T x, W). Where `sums` is not
-// null it gets sum_n s.
-template <class T, class P, class Rule, class Optimizer>
-void update_weight(const Layer& layer, const Tensor& s, const std::vector<Tensor>& states,
-                   RuleParams<Acc<T>> p, OptimizerParams<Acc<T>> h, double* sums) {
-  T* w = data<T>(layer.weight);
-  const int64_t n = layer.n(), in = layer.in(), out = layer.out();
-#if LFP_WIDE
-  if constexpr (std::is_same_v<P, float> || std::is_same_v<P, BFloat16>)
-    if (one_pass_pays<P>(n, in, out)) {
-      if (sums) column_sums<P>(s, sums);
-      const UpdateBlocks<T, Rule, Optimizer> update{w, state<T>(states, 0), state<T>(states, 1), p,
-                                                    h};
-      return one_pass<P>(data<P>(s), data<T>(layer.x), update, n, in, out);
-    }
-#endif
-  if (sums && in == 0) column_sums<P>(s, sums);
-  signal_tiles<P>(s, as_product_type<T, P>(layer.x), sums,
-                  [&](int64_t begin, int64_t rows, const P* tile) {
-                    const int64_t at = begin * in;
-                    update_range<T, Rule, Optimizer>(tile, w + at, state<T>(states, 0, at),
-                                                     state<T>(states, 1, at), rows * in, p, h);
-                  });
 }
 
 Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor z,
@@ -215,9 +220,10 @@ Tensor linear_redistribute_update(Tensor x, Tensor weight, std::optional<Tensor>
       dispatch_optimizer<A>(optimizer, op, [&](auto step) {
         using Rule = decltype(functor);
         using Optimizer = decltype(step);
-        const auto h = optimizer_params<A>(hyper);
-        update_weight<T, P, Rule, Optimizer>(layer, s, weight_state, p, h,
-                                             bias ? sums.data() : nullptr);
+        const UpdateWeight<T, Rule, Optimizer> update{
+            data<T>(layer.weight), state<T>(weight_state, 0), state<T>(weight_state, 1), p,
+            optimizer_params<A>(hyper)};
+        weight_product<T, P>(layer, s, update, bias ? sums.data() : nullptr);
       });
       if (!bias.has_value()) return;
       dispatch_optimizer<A>(bias_optimizer, op, [&](auto step) {

@@ -6,9 +6,6 @@
 // longer batches, the tiles of weight_tiles.h.
 #pragma once
 
-#include <array>
-
-#include "update.h"
 #include "wide_product.h"
 
 namespace lfp::cpu {
@@ -24,47 +21,14 @@ bool one_pass_pays(int64_t n, int64_t in, int64_t out) {
   return n > 0 && n <= kOnePassSteps * (pairs ? 2 : 1) && in * out >= kOnePassWeights;
 }
 
-// Blocks of feedback go into the optimizer's step of W and its states a, b (null where the
-// optimizer has none).
-template <class T, class Rule, class Optimizer>
-struct UpdateBlocks {
-  using Element = T;
-  T *w, *a, *b;
-  RuleParams<float> p;
-  OptimizerParams<float> h;
-  static constexpr int64_t kArrays = 1 + Optimizer::kStates;
-  std::array<const T*, 3> read() const { return {w, a, b}; }
-  LFP_HD void operator()(const float* product, int64_t at, int64_t count) const {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i)
-      update_one<Rule, Optimizer>(product[i], w, a, b, at + i, p, h);
-  }
-};
-
-// Blocks of feedback are stored.
-template <class T, class Rule>
-struct StoreBlocks {
-  using Element = T;
-  const T* w;
-  T* feedback;
-  RuleParams<float> p;
-  static constexpr int64_t kArrays = 1;
-  std::array<const T*, 1> read() const { return {w}; }
-  LFP_HD void operator()(const float* product, int64_t at, int64_t count) const {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i)
-      store(feedback, at + i, Rule::weight_epilogue(product[i], load(w, at + i), p));
-  }
-};
-
 #if LFP_WIDE
 
 constexpr int64_t kPanel = 8 * kBlock;      // columns whose packed x stays in the core's cache
 constexpr int64_t kPackedSignal = 1 << 19;  // elements of s packed at a time
 
 // What a block's product brings into cache while it is computed: the next block of the arrays that
-// `finish` reads, a line per step, since the misses would stall the product if they came all at
-// once. Into the second-level cache: the first is full of x and s.
+// finish.read() names, a line per step, since the misses would stall the product if they came all
+// at once. Into the second-level cache: the first is full of x and s.
 template <class Finish>
 struct NextBlock {
   using T = typename Finish::Element;
@@ -81,7 +45,8 @@ struct NextBlock {
   LFP_HD void fetch(int64_t line) const { __builtin_prefetch(first[line] + at, 1, 2); }
 };
 
-// Rows [begin, end) of W[out, in], with scratch for them: s[n, out], x[n, in].
+// finish(raw, i) for the elements i of rows [begin, end) of W[out, in], with scratch for them:
+// s[n, out], x[n, in].
 template <class Factors, class S, class X, class Finish>
 LFP_V4 void one_pass_rows(const S* s, const X* x, Finish finish, int64_t n, int64_t in, int64_t out,
                           int64_t begin, int64_t end, typename Factors::Packed* left,
@@ -89,10 +54,10 @@ LFP_V4 void one_pass_rows(const S* s, const X* x, Finish finish, int64_t n, int6
   alignas(64) float product[kRows * kBlock];
   const int64_t steps = Factors::steps(n);
   NextBlock<Finish> next(finish, in);
-  Factors::template pack<kRows>(s + begin, out, n, end - begin, left);
+  pack_panels<kRows>(s + begin, out, n, end - begin, left);
   for (int64_t i0 = 0; i0 < in; i0 += kPanel) {
     const int64_t width = std::min(kPanel, in - i0);
-    Factors::template pack<kBlock>(x + i0, in, n, width, right);
+    pack_panels<kBlock>(x + i0, in, n, width, right);
     for (int64_t o = begin; o < end; o += kRows) {
       const int64_t rows = std::min(kRows, end - o);
       const auto* signal = left + packed_size<kRows>(steps, o - begin);
@@ -101,7 +66,9 @@ LFP_V4 void one_pass_rows(const S* s, const X* x, Finish finish, int64_t n, int6
         next.at = o + kRows < end ? at + kRows * in : at;
         block_product<Factors, false>(signal, right + packed_size<kBlock>(steps, c), steps, product,
                                       kBlock, next);
-        for (int64_t r = 0; r < rows; ++r) finish(product + r * kBlock, at + r * in, count);
+        for (int64_t r = 0; r < rows; ++r)
+#pragma GCC ivdep
+          for (int64_t i = 0; i < count; ++i) finish(product[r * kBlock + i], at + r * in + i);
       }
     }
   }

@@ -44,7 +44,7 @@ LFP_HD PairVector pairs_of(const BFloat16* first, const BFloat16* second) {
 // to[panel][k][kWidth] = from[2 k, ...] and from[2 k + 1, ...] of column panel * kWidth + j, zero
 // beyond `count` and `depth`; `to` has (depth + 1) / 2 rows.
 template <int64_t kWidth, class T>
-LFP_V4 void pack_pairs(const T* from, int64_t stride, int64_t depth, int64_t count, Pair* to) {
+LFP_V4 void pack_panels(const T* from, int64_t stride, int64_t depth, int64_t count, Pair* to) {
   constexpr int64_t kPairs = sizeof(PairVector) / sizeof(Pair);
   const int64_t pairs = (depth + 1) / 2;
   for (int64_t k0 = 0; k0 < pairs; k0 += kRowsAtOnce) {
@@ -69,8 +69,7 @@ LFP_V4 void pack_pairs(const T* from, int64_t stride, int64_t depth, int64_t cou
 // to[panel][k][kWidth] = from[panel * kWidth + r, 2 k] and the element right of it, zero beyond
 // `count` and `depth`: rows become the columns of panels.
 template <int64_t kWidth, class T>
-LFP_V4 void pack_rows_as_pairs(const T* from, int64_t stride, int64_t depth, int64_t count,
-                               Pair* to) {
+LFP_V4 void pack_row_panels(const T* from, int64_t stride, int64_t depth, int64_t count, Pair* to) {
   const int64_t pairs = (depth + 1) / 2;
   for (int64_t c = 0; c < count; c += kWidth, to += pairs * kWidth)
     for (int64_t k = 0; k < pairs; ++k)

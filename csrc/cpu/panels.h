@@ -34,8 +34,8 @@ LFP_CLONES void pack_panels(const T* from, int64_t stride, int64_t depth, int64_
 // to[panel][k][kWidth] = from[panel * kWidth + r, k], zero beyond `count`: rows become the columns
 // of panels.
 template <int64_t kWidth, class T, class P>
-LFP_CLONES void pack_rows_as_panels(const T* from, int64_t stride, int64_t depth, int64_t count,
-                                    P* to) {
+LFP_CLONES void pack_row_panels(const T* from, int64_t stride, int64_t depth, int64_t count,
+                                P* to) {
   for (int64_t c = 0; c < count; c += kWidth, to += depth * kWidth)
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t r = 0; r < kWidth; ++r)

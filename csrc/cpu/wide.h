@@ -33,4 +33,8 @@ inline bool has_wide_pairs() {
 #endif
 }
 
+// Whether there are products of type P for them.
+template <class P>
+constexpr bool kHasWide = std::is_same_v<P, float> || std::is_same_v<P, BFloat16>;
+
 }  // namespace lfp::cpu

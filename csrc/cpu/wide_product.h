@@ -19,14 +19,6 @@ typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned
 struct Floats {
   using Packed = float;
   static constexpr int64_t steps(int64_t depth) { return depth; }
-  template <int64_t kWidth, class T>
-  static void pack(const T* from, int64_t stride, int64_t depth, int64_t count, Packed* to) {
-    pack_panels<kWidth>(from, stride, depth, count, to);
-  }
-  template <int64_t kWidth, class T>
-  static void pack_rows(const T* from, int64_t stride, int64_t depth, int64_t count, Packed* to) {
-    pack_rows_as_panels<kWidth>(from, stride, depth, count, to);
-  }
   LFP_HD static void add(Vector& sum, Packed a, const Packed* b) {
     sum += a * *reinterpret_cast<const Vector*>(b);
   }
@@ -35,28 +27,14 @@ struct Floats {
 struct Pairs {
   using Packed = Pair;
   static constexpr int64_t steps(int64_t depth) { return (depth + 1) / 2; }
-  template <int64_t kWidth, class T>
-  static void pack(const T* from, int64_t stride, int64_t depth, int64_t count, Packed* to) {
-    pack_pairs<kWidth>(from, stride, depth, count, to);
-  }
-  template <int64_t kWidth, class T>
-  static void pack_rows(const T* from, int64_t stride, int64_t depth, int64_t count, Packed* to) {
-    pack_rows_as_pairs<kWidth>(from, stride, depth, count, to);
-  }
   LFP_HD static void add(Vector& sum, Packed a, const Packed* b) {
     const PairVector left = PairVector{} + a, right = *reinterpret_cast<const PairVector*>(b);
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
   }
 };
 
-// What a product brings into cache besides, a line per step: nothing.
-struct Nothing {
-  LFP_HD static int64_t lines() { return 0; }
-  LFP_HD void fetch(int64_t) const {}
-};
-
 // c[kRows][kBlock] (+)= a^T b for packed a [steps][kRows] and b [steps][kBlock]; rows of c lie
-// `stride` apart.
+// `stride` apart. Brings ahead.lines() cache lines nearer meanwhile, one a step: ahead.fetch(line).
 template <class Factors, bool kAdd, class Packed, class Ahead>
 LFP_V4 inline void block_product(const Packed* a, const Packed* b, int64_t steps, float* c,
                                  int64_t stride, const Ahead& ahead) {

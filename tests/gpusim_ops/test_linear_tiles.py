@@ -7,9 +7,8 @@ import pytest
 import torch
 from linear_cases import SPECS, case, check_all, oracle, run, updates
 
+from lfp_kernels import backends, rules, use_backend
 from lfp_kernels import functional as F
-from lfp_kernels import rules, use_backend
-from lfp_kernels.rules import run_params
 from lfp_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.gpusim
@@ -72,16 +71,13 @@ def test_sums_split_over_blocks(dtype) -> None:
 
 
 @pytest.mark.parametrize("n", [20, 200])
-def test_tf32(n, request) -> None:
+def test_tf32(n) -> None:
     """float16 as the product type of float32 tensors asks for TF32 (10 bits of mantissa)."""
-    if request.config.getoption("--simulate") != "cuda":
-        pytest.skip("a code of the CUDA op; test_tf32.py has both backends")
     x, weight, bias, z, reward = case((n,), 72, 68, torch.float32)
-    rule = rules.Epsilon()
-    got = torch.ops.lfp_kernels.linear_redistribute(
-        x, weight, bias, z, reward, None, rule.code, run_params(rule), True, True, True, 0,
-        torch.float16,
-    )  # fmt: skip
+    call = rules.RuleCall(rules.Epsilon(), product_dtype=torch.float16)
+    with use_backend("native"):
+        backend = backends.select("linear", x)
+    got = backend.redistribute(x, weight, bias, z, reward, call, (True, True, True))
     for name, result, truth in zip(("input", "weight"), got, oracle(x, weight, bias, z, reward)):
         error = float((result - truth).norm() / truth.norm())
         assert 2e-5 < error < 1e-3, f"{name}: relative error {error}, TF32 has 2^-11 = 5e-4"
