@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import compare, floor, memory, ops, report, specs, steps, timing
+from bench import compare, floor, memory, ops, peak, report, specs, steps, timing
 
 STEPS = ("quick-mlp", "quick-vgg_bn")
 
@@ -199,3 +200,14 @@ def test_interleaving_and_ratios() -> None:
     assert timing.paired_ratio([2, 4, 9], [1, 2, 3]) == 2
     assert timing.percentile([3, 1, 2], 50) == 2
     assert timing.percentile([0, 10], 10) == 1
+
+
+def test_peak_says_what_the_processor_can_do(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(peak, "TURNS", 10_000)
+    status = peak.main()
+    shown = capsys.readouterr()
+    if status:  # no AVX-512, no pairs of bfloat16, or no compiler
+        assert status == 2 and shown.err.startswith("error: ")
+    else:
+        assert re.search(r"^bfloat16 .*GFLOP/s on one thread", shown.out, re.M)
+        assert "five products of the 4096 MLP" in shown.out
