@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conv_cases import CASES, channels_last, layer
+from conv_cases import CASES, channels_last, forward, layer
 from linear_cases import BACKENDS, SPECS, updates
 from test_split_rules import RULES, assert_equal_but_for_rounding, oracle, split_case
 
@@ -16,11 +16,15 @@ from lfp_kernels.testing import assert_within_budget
 
 
 def conv_case(name, rule, dtype=torch.float64, nonnegative=False):
-    x, weight, bias, z, reward, geometry = layer(name)
+    """x within what the rule expects of it, and z of the sign that the layer gives it: under any
+    other the two sides that gamma divides by would cancel."""
+    x, weight, bias, _, reward, geometry = layer(name)
     if rule.parts_code == Parts.BOX:
         x = torch.sigmoid(x)
     elif nonnegative:
         x = x.relu()
+    z = forward(x, weight, bias, geometry)
+    z = z + torch.where(z < 0, -0.5, 0.5)  # away from the jumps at 0
     return [t.to(dtype) for t in (x, weight, bias, z, reward)], geometry
 
 

@@ -167,7 +167,7 @@ struct OnePassKernel {
     if constexpr (kChains) {
       Input chain;
       chain.multiply(shared.s, shared.w);
-      input.add(chain);
+      input.add(chain.sums);
     } else {
       input.multiply(shared.s, shared.w);
     }

@@ -1,9 +1,10 @@
 // The core for float32 and float64: exact products on the ordinary units. 16 x 16 threads; each
 // owns runs of neighbouring rows and columns, sixteen runs apart.
 //
-// A float32 sum of k terms, one after another, errs like k; chains of kChain terms, whose sums are
-// then added, like sqrt(k kChain). Registers are short, so totals of chains wait in shared memory:
-// each thread has its own, touched once in kChain terms, and only where a sum is longer than that.
+// A float32 sum of k terms, one after another, errs like k; chains of c terms, whose sums are then
+// added, like sqrt(k c). Small tiles have the registers for chains of one tile of k. Others are
+// short of them, so their totals of kChain terms wait in shared memory: each thread has its own,
+// touched once in kChain terms, and only where a sum is longer than that.
 #pragma once
 
 #include "common.cuh"
@@ -80,8 +81,8 @@ struct SimtCore {
   static constexpr int kRunM = TileA<false>::kRun, kRun = TileB<false>::kRun;
   static constexpr int kThreadM = kM / kSimtSide, kThreadN = kN / kSimtSide;
 
-  // 0: one chain, however long. Small tiles serve short work, where a total costs little.
-  static constexpr int kChain = sizeof(A) == 8 ? 0 : kM * kN > 64 * 64 ? 256 : 64;
+  static constexpr bool kChainPerTile = sizeof(A) == 4 && kM * kN * kK <= 64 * 64 * 16;
+  static constexpr int kChain = sizeof(A) == 8 || kChainPerTile ? 0 : 256;  // 0: no Totals
   struct Totals {
     Pack<A, kRun> value[kThreadM * kThreadN / kRun][kThreads];
   };
@@ -95,10 +96,21 @@ struct SimtCore {
     } stage[2];
   };
 
-  A sums[kThreadM][kThreadN] = {};
+  using Sums = A[kThreadM][kThreadN];
+  Sums sums = {};
 
   template <class Left, class Right>
   __device__ __forceinline__ void multiply(const Left& a, const Right& b) {
+    if constexpr (kChainPerTile) {
+      Sums chain = {};
+      add_products(a, b, chain);
+      add(chain);
+    } else {
+      add_products(a, b, sums);
+    }
+  }
+  template <class Left, class Right>
+  __device__ __forceinline__ void add_products(const Left& a, const Right& b, Sums& to) const {
 #pragma unroll(kTileK <= 16 ? kTileK : 8)
     for (int k = 0; k < kTileK; ++k) {
       A left[kThreadM], right[kThreadN];
@@ -107,7 +119,7 @@ struct SimtCore {
 #pragma unroll
       for (int i = 0; i < kThreadM; ++i)
 #pragma unroll
-        for (int j = 0; j < kThreadN; ++j) sums[i][j] += left[i] * right[j];
+        for (int j = 0; j < kThreadN; ++j) to[i][j] += left[i] * right[j];
     }
   }
 
@@ -129,11 +141,11 @@ struct SimtCore {
         mine = total;
       }
   }
-  __device__ __forceinline__ void add(const SimtCore& chain) {
+  __device__ __forceinline__ void add(const Sums& chain) {
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i)
 #pragma unroll
-      for (int j = 0; j < kThreadN; ++j) sums[i][j] += chain.sums[i][j];
+      for (int j = 0; j < kThreadN; ++j) sums[i][j] += chain[i][j];
   }
   // The last chain and the totals of those before it.
   __device__ __forceinline__ void add(const Totals& totals) {
