@@ -21,7 +21,6 @@ from gpusim import cache, pytest_support, toolkit
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-HEADERS = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh"))
 ARCHITECTURES = {"80": "8.0", "86": "8.6", "89": "8.9", "90a": "9.0a", "100": "10.0", "120": "12.0"}
 QUICK = ("80", "90a")
 pytestmark = pytest.mark.gpusim
@@ -95,9 +94,27 @@ def command(source: Path, arch: str, monkeypatch: pytest.MonkeyPatch) -> list[st
     return [*build, "-cubin", "-Xptxas", "-v", str(source)]
 
 
+def headers_of(source: Path) -> list[Path]:
+    """The project's headers that a file includes, at any depth."""
+    found: dict[Path, None] = {}
+    files = [source]
+    while files:
+        file = files.pop()
+        for name in re.findall(r'^#include "([^"]+)"', file.read_text(), flags=re.M):
+            header = (file.parent / name).resolve()
+            if header not in found:
+                found[header] = None
+                files.append(header)
+    return sorted(found)
+
+
 def compile_one(source: Path, build: list[str]) -> tuple[str, Path]:
     """(report of ptxas, machine code) of one file, from the cache where it is known."""
-    key = cache.digest(toolkit.version(), *build, source, *HEADERS)
+    import torch
+
+    options = (word for word in build if not Path(word).is_absolute())
+    versions = toolkit.version(), cache.compiler_version(), torch.__version__
+    key = cache.digest(*versions, *options, source, *headers_of(source))
     binary = cache.directory() / f"{source.stem}-{key}.cubin"
     report = binary.with_suffix(".ptxas")
     if not (binary.exists() and report.exists()):
