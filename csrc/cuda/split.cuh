@@ -270,46 +270,36 @@ struct SplitBias {
 
 constexpr int kBiasThreads = 256;
 
-// A sum that keeps what its additions round away (Kahan's): rewards of both signs cancel in a bias.
-template <class A>
-struct CarefulSum {
-  A total = A(0), rest = A(0);
-  __device__ __forceinline__ void add(A v) {
-    const A term = v - rest, next = total + term;
-    // Of an infinite total the difference would be NaN.
-    rest = isfinite(next) ? (next - total) - term : A(0);
-    total = next;
-  }
-};
-
-// inner > 1: a block works on one channel. inner = 1: on 32 channels, one per lane.
+// Rewards of both signs cancel in a bias, so its sums are float64; the pass waits for memory
+// anyway. inner > 1: a block works on one channel. inner = 1: on 32 channels, one per lane.
 template <class T>
 __global__ void __launch_bounds__(kBiasThreads) bias_feedback_kernel(SplitBias<T> f) {
   using A = Acc<T>;
   constexpr int kWarps = kBiasThreads / 32;
-  __shared__ A shared[2][kWarps][32];
+  __shared__ double shared[2][kWarps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool across = f.inner == 1;
   const int64_t channel = across ? int64_t(blockIdx.x) * 32 + lane : blockIdx.x;
   const int64_t count = f.outer * f.inner;
-  CarefulSum<A> sum[2];
+  double sum[2] = {};
   if (channel < f.channels)
     for (int64_t i = across ? warp : threadIdx.x; i < count; i += across ? kWarps : kBiasThreads) {
       const int64_t sample = i / f.inner;
       const int64_t at = (sample * f.channels + channel) * f.inner + (i - sample * f.inner);
-      sum[0].add(f.u[at]);
-      if (f.v) sum[1].add(f.v[at]);
+      sum[0] += f.u[at];
+      if (f.v) sum[1] += f.v[at];
     }
 #pragma unroll
   for (int side = 0; side < 2; ++side)
-    shared[side][warp][lane] = across ? sum[side].total : warp_sum(sum[side].total);
+    shared[side][warp][lane] = across ? sum[side] : warp_sum(sum[side]);
   __syncthreads();
   if (channel >= f.channels || (across ? warp > 0 : threadIdx.x > 0)) return;
-  A u = A(0), v = A(0);
+  double u = 0, v = 0;
   for (int w = 0; w < kWarps; ++w) u += shared[0][w][lane], v += shared[1][w][lane];
   A b[1] = {load(f.to.param, channel)};
   const A m = mapped_bias(f.rule.code, b[0]);
-  A feedback[1] = {sign(b[0]) * (positive_part(m) * u + negative_part(m) * v)};
+  A feedback[1] = {sign(b[0]) *
+                   (positive_part(m) * static_cast<A>(u) + negative_part(m) * static_cast<A>(v))};
   take_feedback(f.to, Run<1>{{channel}, false}, feedback, b);
 }
 
