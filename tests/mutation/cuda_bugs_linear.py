@@ -165,7 +165,7 @@ SIMT = plant(
         "A value[kAlongK ? kOuter : kK][kStride];",
         "A value[(kAlongK ? kOuter : kK) - 1][kStride];",
     ),
-    ("accumulation", "sums[i][j] += left[i] * right[j];", "sums[i][j] = left[i] * right[j];"),
+    ("accumulation", "to[i][j] += left[i] * right[j];", "to[i][j] = left[i] * right[j];"),
     ("tail", "for (int k = 0; k < kTileK; ++k) {", "for (int k = 0; k < kTileK - 1; ++k) {"),
 )
 
@@ -184,14 +184,19 @@ CHAINS = (
     ),
     *plant(
         "csrc/cuda/product_simt.cuh",
-        ("accumulation", "? 256 : 64;", "? 4096 : 4096;"),
+        ("accumulation", "kChainPerTile ? 0 : 256;", "kChainPerTile ? 0 : 4096;"),
+        (
+            "accumulation",
+            "add_products(a, b, chain);\n      add(chain);",
+            "add_products(a, b, sums);",
+        ),
         ("accumulation", "          sum = A(0);\n", ""),
         (
             "offset",
             "kRun) + r][threadIdx.x];\n        Pack",
             "kRun) + r][threadIdx.x / 2];\n        Pack",
         ),
-        ("accumulation", "sums[i][j] += chain.sums[i][j];", "sums[i][j] = chain.sums[i][j];"),
+        ("accumulation", "sums[i][j] += chain[i][j];", "sums[i][j] = chain[i][j];"),
     ),
     *plant(
         "csrc/cuda/linear_one_pass.cuh",
