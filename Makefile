@@ -7,7 +7,9 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
 
-.PHONY: demo demo-spiking test test-slow test-peers test-gpusim test-gpusim-fast test-mutations gpu bench lint format clean
+.PHONY: demo demo-spiking test test-slow test-peers test-gpusim test-gpusim-fast test-mutations gpu \
+	bench lint format clean simulated-executor simulated-training simulated-linear \
+	simulated-linear-bf16 simulated-spiking simulated-attention simulated-triton
 
 $(STAMP): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,19 +54,28 @@ $(GPUSIM)/.installed: requirements-gpusim.txt
 	$(GPUSIM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-gpusim.txt
 	touch $@
 
-# What CI runs: the executor itself; linear at its tile limits, one tile and several per block;
-# whole training steps (convolution, batch norm, pools, rewards, optimizers) on both backends;
-# spiking neurons; attention, norms and embeddings.
+# What CI runs, two at a time: the executor itself; linear at its tile limits, one tile and several
+# per block; whole training steps (convolution, batch norm, pools, rewards, optimizers) on both
+# backends; spiking neurons; attention, norms and embeddings.
+FAST := $(addprefix simulated-, training executor linear attention linear-bf16 spiking triton)
 test-gpusim-fast: $(GPUSIM)/.installed
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(FAST)
+simulated-executor:
 	$(SIMULATED) tests/gpusim
+simulated-training:
+	$(SIMULATED) --simulate cuda tests/gpusim_ops/test_training.py -k matches
+simulated-linear: | simulated-training  # whose library it shares
 	LFP_SIM_SOURCES=linear.cu,linear_rules.cu $(SIMULATED) --simulate cuda tests/gpusim_ops/test_linear_tiles.py -k float32
+simulated-linear-bf16: | simulated-training
 	LFP_SIM_SOURCES=linear.cu,linear_rules.cu $(SIMULATED) --simulate cuda --processors 1 \
 		tests/gpusim_ops/test_linear_tiles.py -k "bfloat16 and redistribute"
-	$(SIMULATED) --simulate cuda tests/gpusim_ops/test_training.py -k matches
+simulated-spiking: | simulated-training
 	LFP_SIM_SOURCES=lif.cu,spikes.cu $(SIMULATED) --simulate cuda tests/gpusim_ops/test_spiking_gpu.py -k "not many_steps"
+simulated-attention: | simulated-training
 	LFP_SIM_SOURCES=attention.cu,attention_redistribute.cu,embedding.cu,softmax.cu,layer_norm.cu,group_norm.cu,update.cu \
 		$(SIMULATED) --simulate cuda tests/test_attention.py tests/test_norms.py tests/test_embedding.py \
 		-k "(formulas and native) or (float32 and (attnlrp or identity or update))"
+simulated-triton:
 	$(SIMULATED) --simulate triton tests/gpusim_ops/test_training.py -k "matches and momentum"
 
 # All of it: every op test on both backends, sm_90a, traffic, what the compilers say.

@@ -33,18 +33,21 @@ class _Tiles(NamedTuple):
         }  # fmt: skip
 
 
-def _tiles(mode: str, width: int, dropout: bool) -> _Tiles:
-    """The largest for which ptxas keeps everything in registers."""
+def _tiles(mode: str, width: int, crowded: bool) -> _Tiles:
+    """The largest for which ptxas keeps everything in registers. ``crowded``: blocks of logits meet
+    another of the same size, of random numbers or of a mask that is added."""
+    warps = 8 if width > 64 and not torch.version.hip else 4  # AMD's have 64 threads
     if mode == "fp64":
         return _Tiles(16, 16, 4, 1, False)
     if mode == "ieee":
-        return _Tiles(64 if width <= 64 else 32 if width <= 128 else 16, 16, 4, 1, False)
+        widest = 64 if width <= 64 and not crowded else 32
+        return _Tiles(16 if width > 128 else widest, 16, 4, 1, False)
+    wide = width > 128
     if mode == "tf32":
-        return _Tiles(16 if width > 128 else 32, 16, 4, 1, True)
-    if width > 128:
-        return _Tiles(32, 16, 8, 1, True)
-    warps = 4 if width <= 64 or torch.version.hip else 8  # AMD's have 64 threads
-    return _Tiles(32 if dropout or width > 64 else 64, 32, warps, 1, True)
+        return _Tiles(16 if wide else 32, 16, 2 * warps if wide and crowded else warps, 1, True)
+    if wide:
+        return _Tiles(16 if crowded else 32, 16, 8, 1, True)
+    return _Tiles(32 if crowded or width > 64 else 64, 32, warps, 1, True)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -86,8 +89,8 @@ def forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     mode = forward_mode(q.dtype)
     e, f = power_of_2(q.shape[3], 16), power_of_2(v.shape[3], 16)
-    tiles = _tiles(mode, max(e, f), dropout != 0)
     strides, kind = _mask_options(mask)
+    tiles = _tiles(mode, max(e, f), dropout != 0 or kind == ADDS.value)
     launch(
         forward_kernel, blocks(q.shape[2], tiles.own) * q.shape[0] * q.shape[1], q, q, k, v,
         q if mask is None else mask, out, lse, *_sizes(q, k, v), *_strides(q, k, v), *strides,
@@ -121,7 +124,7 @@ def redistribute(
         "ATTNLRP": attnlrp, "CAUSAL": causal, "MASK": kind, "DROPOUT": dropout != 0,
         "FOURS": k.shape[2] % 4 == 0, "FORWARD": mode, "MODE": back, "E": e, "F": f,
     }  # fmt: skip
-    tiles = _tiles(back, max(e, f), dropout != 0)
+    tiles = _tiles(back, max(e, f), dropout != 0 or kind == ADDS.value)
     launch(
         query_kernel, blocks(q.shape[2], tiles.own) * q.shape[0] * q.shape[1], q, q, k, v, out, lse,
         reward, given, to_q, signal, delta, *sizes, *_strides(q, k, v, out, reward, signal),
