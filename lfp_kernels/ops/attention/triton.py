@@ -44,7 +44,7 @@ def _tiles(mode: str, width: int, crowded: bool) -> _Tiles:
         return _Tiles(16 if width > 128 else widest, 16, 4, 1, False)
     wide = width > 128
     if mode == "tf32":
-        return _Tiles(16 if wide else 32, 16, 2 * warps if wide and crowded else warps, 1, True)
+        return _Tiles(16 if wide else 32, 16, 2 * warps if wide else warps, 1, True)
     if wide:
         return _Tiles(16 if crowded else 32, 16, 8, 1, True)
     return _Tiles(32 if crowded or width > 64 else 64, 32, warps, 1, True)
