@@ -22,6 +22,7 @@ from .._triton import (
     launch,
     load,
     power_of_2,
+    registers,
     square_root,
     stabilize,
     store,
@@ -162,7 +163,7 @@ def _run(
         apply_kernel, parts * blocks(width, columns), x, x, weight, bias, reward, values, out, sums,
         batch, rows, width, length, inner, groups, parts, step, stabilizer,
         HANDS_ON=identity and not centred and bias is None, SAMPLES=samples, WIDTH=columns,
-        **_ROUNDED,
+        **_ROUNDED, **registers(128),
     )  # fmt: skip
     of_weight, of_bias = sums.sum((1, 3)).unbind()
     return out, of_weight.clone(), of_bias.clone()

@@ -14,6 +14,7 @@ from .._triton import (
     blocks,
     launch,
     prologue_code,
+    registers,
 )
 from .._triton_volume import axes, strides
 from ..conv.layout import empty, strided_channels_last
@@ -134,7 +135,7 @@ def max_forward(
         *axes(x.shape[2:]), *axes(shape[2:]), *axes(kernel), *axes(stride), *axes(padding, 0),
         *axes(dilation),
         *strides(x), TILES=tiled, LAST=last, LONG=long or count > _INT32, BLOCK=_BLOCK,
-        num_warps=4,
+        num_warps=4, **registers(128),
     )  # fmt: skip
     return out, indices
 
