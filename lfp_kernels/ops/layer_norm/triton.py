@@ -163,7 +163,7 @@ def _run(
         apply_kernel, parts * blocks(width, columns), x, x, weight, bias, reward, values, out, sums,
         batch, rows, width, length, inner, groups, parts, step, stabilizer,
         HANDS_ON=identity and not centred and bias is None, SAMPLES=samples, WIDTH=columns,
-        **_ROUNDED, **registers(128),
+        **_ROUNDED, **registers(255),
     )  # fmt: skip
     of_weight, of_bias = sums.sum((1, 3)).unbind()
     return out, of_weight.clone(), of_bias.clone()
