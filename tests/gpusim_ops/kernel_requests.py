@@ -178,7 +178,7 @@ def run_linear(op, dtype) -> None:
                     op.redistribute_update(x, weight, bias, z, z, *steps, call, True)
     for rule in NEW:
         steps = update(weight, 1), update(bias, 1)
-        call = RuleCall(rule, weight if rule.takes_matrix else None)
+        call = RuleCall(rule, weight if rule.takes_matrix else None, product_dtype=dtype)
         op.redistribute_update(x, weight, bias, z, z, *steps, call, rule.has_input)
 
 
@@ -199,7 +199,7 @@ def run_conv(op, dtype) -> None:
             call = RuleCall(RULE, None, RULE, False, False, dtype)
             op.redistribute_update(x, weight, bias, z, z, geometry, *steps, call, True)
             for rule in NEW if x_shape[1] == 64 else ():
-                call = RuleCall(rule, weight if rule.takes_matrix else None)
+                call = RuleCall(rule, weight if rule.takes_matrix else None, product_dtype=dtype)
                 op.redistribute_update(
                     x, weight, bias, z, z, geometry, *steps, call, rule.has_input
                 )

@@ -125,7 +125,8 @@ def test_no_kernel_is_left_out():
 def test_half_precision_products_use_tensor_cores(name, tmp_path):
     instructions = {80: "HMMA", 90: "HGMMA"}
     for request in source.requests(name, torch.bfloat16):
-        if request.kernel.__name__.startswith("finish"):
+        # Rules with two signals are exact: their sums divide the reward.
+        if request.kernel.__name__.startswith("finish") or request.constants["MODE"] == "ieee":
             continue
         thin = min(request.constants[size] for size in "MNK") < 16
         for capability, instruction in instructions.items():

@@ -61,6 +61,12 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tenso
     return z
 
 
+def _heavy(x: Tensor, mode: str) -> bool:
+    """Float32 operands as large as tensor cores want them, which exceed the registers of sm_100 and
+    the shared memory of sm_86, 89 and 120."""
+    return x.dtype == torch.float32 and mode in ("tf32", "bf16")
+
+
 def _input_reward(
     x: Tensor, weight: Tensor, z: Tensor, reward: Tensor, call: RuleCall, mode: str
 ) -> Tensor:
@@ -73,7 +79,7 @@ def _input_reward(
         given = weight if given is None else given.contiguous()
     out = x.new_empty(x.shape)
     (rows, inputs), outputs = x.shape, weight.shape[0]
-    tile = tiles(rows, inputs, outputs, mode)
+    tile = tiles(rows, inputs, outputs, mode, heavy=_heavy(x, mode))
     split = tile.splits > 1
     target = out
     if split:
@@ -85,7 +91,7 @@ def _input_reward(
             tile.part(outputs), rule.random_seed, *x.stride(), *weight.stride(), *reward.stride(),
             *z.stride(), rule.stabilizer, below_eps(below), rule.first,
             PROLOGUE=prologue_code(rule, call.signal_in), RULE=code, SIGNAL_OUT=below_code(below),
-            SPLIT=split, MODE=mode, **tile.options(),
+            SPLIT=split, MODE=mode, **tile.options(), **registers(255),
         )  # fmt: skip
         if split:
             finish_input(target, x.contiguous(), out, rule, below)
@@ -104,7 +110,7 @@ def _weight(
     (rows, inputs), outputs = x.shape, weight.shape[0]
     columns = inputs if need[0] else 0  # the bias alone is a product without columns
     acc = accumulate_dtype(x.dtype)
-    heavy = update is not None and len(update.states) > 0
+    heavy = _heavy(x, mode) or (update is not None and len(update.states) > 0)
     tile = tiles(outputs, columns, rows, mode, heavy=heavy)
     out = weight.new_empty(weight.shape) if need[0] and update is None else None
     target = weight if out is None else out
@@ -120,7 +126,7 @@ def _weight(
             *states_of(update, weight), target if sums is None else sums, rows, columns, outputs,
             tile.part(rows), *x.stride(), *reward.stride(), *z.stride(), rule.stabilizer, *hyper,
             PROLOGUE=prologue_code(rule, signal_in), RULE=rule.code, OPTIMIZER=code,
-            BIAS=need[1], MODE=mode, **tile.options(),
+            BIAS=need[1], MODE=mode, **tile.options(), **registers(255),
         )  # fmt: skip
         if tile.splits > 1 and need[0]:
             finish(target, weight, rule.code, update, out, tile.splits)

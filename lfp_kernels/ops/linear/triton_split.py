@@ -13,7 +13,16 @@ from torch import Tensor
 
 from ...optim import Update
 from ...rules import RuleCall, Signals, accumulate_dtype
-from .._triton import FEEDBACK, NO_HYPER, accumulate_type, below_code, launch, load, states_of
+from .._triton import (
+    FEEDBACK,
+    NO_HYPER,
+    accumulate_type,
+    below_code,
+    launch,
+    load,
+    registers,
+    states_of,
+)
 from .._triton_product import GROUP, Tiles, tile_of, tiles
 from .._triton_split import (
     PLUS,
@@ -181,7 +190,7 @@ def redistribute_split(
         launch(
             signals_kernel, tile.programs(rows, outputs), x, x, weight, x if bias is None else bias,
             reward, z, u, v, rows, inputs, outputs, rule.stabilizer, a, b, BIAS=bias is not None,
-            **meta, **split_options(tile),
+            **meta, **split_options(tile), **registers(255),
         )  # fmt: skip
     input_reward = weight_feedback = bias_feedback = None
     if need[0]:
@@ -191,7 +200,7 @@ def redistribute_split(
             launch(
                 split_input_kernel, tile.programs(rows, inputs), x, x, weight, u, v, input_reward,
                 rows, inputs, outputs, a, b, BELOW=below_code(call.below), **meta,
-                **split_options(tile),
+                **split_options(tile), **registers(255),
             )  # fmt: skip
     if need[1]:
         if weight_update is None:
@@ -204,7 +213,7 @@ def redistribute_split(
                 *states_of(weight_update, weight), rows, inputs, outputs, a, b,
                 *(NO_HYPER if weight_update is None else weight_update.hyper),
                 OPTIMIZER=FEEDBACK.value if weight_update is None else weight_update.code,
-                **meta, **split_options(tile),
+                **meta, **split_options(tile), **registers(255),
             )  # fmt: skip
     if need[2] and bias is not None:
         bias_feedback = split_bias(u, None if v is u else v, bias, rule, bias_update)

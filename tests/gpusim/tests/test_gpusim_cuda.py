@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import signal
 import subprocess
 import sys
 import time
@@ -232,6 +233,14 @@ def test_edited_while_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_interrupt_while_a_kernel_is_made() -> None:
     """Ctrl-C must not hand the launcher garbage: the launch fails, then Python stops."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    try:
+        check_interrupt()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_interrupt() -> None:
 
     def interrupted(text: str, name: str) -> int:
         raise KeyboardInterrupt
