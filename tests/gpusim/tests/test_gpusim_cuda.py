@@ -241,7 +241,6 @@ def test_interrupt_while_a_kernel_is_made() -> None:
 
 
 def check_interrupt() -> None:
-
     def interrupted(text: str, name: str) -> int:
         raise KeyboardInterrupt
 
