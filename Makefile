@@ -54,24 +54,25 @@ $(GPUSIM)/.installed: requirements-gpusim.txt
 	$(GPUSIM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-gpusim.txt
 	touch $@
 
-# What CI runs, two at a time: the executor itself; linear at its tile limits, one tile and several
-# per block; whole training steps (convolution, batch norm, pools, rewards, optimizers) on both
-# backends; spiking neurons; attention, norms and embeddings.
-FAST := $(addprefix simulated-, training executor linear attention linear-bf16 spiking triton)
+# What CI runs, side by side: the executor itself; whole training steps (convolution, batch norm,
+# pools, rewards, optimizers) on both backends; attention, norms and embeddings; linear at its tile
+# limits, one tile and several per block, whose objects it shares; spiking neurons.
+FAST := $(addprefix simulated-, training executor attention spiking triton linear linear-bf16)
 test-gpusim-fast: $(GPUSIM)/.installed
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(FAST)
+	$(MAKE) --no-print-directory --jobs 3 --output-sync=target $(FAST)
 simulated-executor:
 	$(SIMULATED) tests/gpusim
 simulated-training:
-	$(SIMULATED) --simulate cuda tests/gpusim_ops/test_training.py -k matches
-simulated-linear: | simulated-training  # whose library it shares
+	LFP_SIM_SOURCES=activation.cu,batch_norm.cu,combine.cu,conv.cu,conv_rules.cu,linear.cu,linear_rules.cu,max_pool.cu,max_pool_redistribute.cu,pool.cu,reward.cu,update.cu \
+		$(SIMULATED) --simulate cuda tests/gpusim_ops/test_training.py -k matches
+simulated-linear: | simulated-training
 	LFP_SIM_SOURCES=linear.cu,linear_rules.cu $(SIMULATED) --simulate cuda tests/gpusim_ops/test_linear_tiles.py -k float32
 simulated-linear-bf16: | simulated-training
 	LFP_SIM_SOURCES=linear.cu,linear_rules.cu $(SIMULATED) --simulate cuda --processors 1 \
 		tests/gpusim_ops/test_linear_tiles.py -k "bfloat16 and redistribute"
-simulated-spiking: | simulated-training
+simulated-spiking:
 	LFP_SIM_SOURCES=lif.cu,spikes.cu $(SIMULATED) --simulate cuda tests/gpusim_ops/test_spiking_gpu.py -k "not many_steps"
-simulated-attention: | simulated-training
+simulated-attention:
 	LFP_SIM_SOURCES=attention.cu,attention_redistribute.cu,embedding.cu,softmax.cu,layer_norm.cu,group_norm.cu,update.cu \
 		$(SIMULATED) --simulate cuda tests/test_attention.py tests/test_norms.py tests/test_embedding.py \
 		-k "(formulas and native) or (float32 and (attnlrp or identity or update))"
