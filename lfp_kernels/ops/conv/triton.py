@@ -45,9 +45,9 @@ def _shallow(tile: Tiles, mode: str) -> Tiles:
     return tile._replace(k=min(tile.k, 16)) if mode == "tf32" else tile
 
 
-def _options(tile: Tiles, mode: str) -> dict[str, int]:
+def _options(tile: Tiles) -> dict[str, int]:
     """Meta-parameters of a launch."""
-    return {**tile.options(), **(registers(255) if mode == "tf32" else {})}
+    return {**tile.options(), **registers(255)}
 
 
 def _product(
@@ -86,7 +86,7 @@ def _product(
         *axes(out.shape[2:]), *axes(src.shape[2:]), *window(weight, geometry), *strides(src),
         *strides(z), *strides(out), out.numel(), eps, below, a, SCATTER=scatter, LAST=last,
         FLAT=flat, LONG=is_long(out, src, z), MODE=mode, groups=groups, **meta,
-        **_options(tile, mode),
+        **_options(tile),
     )  # fmt: skip
     return target if tile.splits > 1 else None
 
@@ -193,7 +193,7 @@ def _weight_product(
         rule.stabilizer, *hyper, SIGNAL=signal, PROLOGUE=prologue_code(rule, signal_in),
         RULE=rule.code, OPTIMIZER=code, BIAS=bias,
         LAST=strided_channels_last(x) or strided_channels_last(reward),
-        LONG=is_long(small, large, z), MODE=mode, groups=groups, **_options(tile, mode),
+        LONG=is_long(small, large, z), MODE=mode, groups=groups, **_options(tile),
     )  # fmt: skip
     if parts > 1 and columns:
         finish(target, weight, rule.code, update, out, parts)
