@@ -27,6 +27,7 @@ from ._triton import (
     launch,
     load,
     power_of_2,
+    registers,
     store,
     sum_of_parts,
 )  # fmt: skip
@@ -114,7 +115,8 @@ class Tiles(NamedTuple):
 
     def options(self) -> dict[str, int]:
         """Meta-parameters of a kernel launch."""
-        return {"M": self.m, "N": self.n, "K": self.k, "num_warps": self.warps, "num_stages": 3}
+        sizes = {"M": self.m, "N": self.n, "K": self.k}
+        return {**sizes, "num_warps": self.warps, "num_stages": 3, **registers(255)}
 
 
 def tiles(

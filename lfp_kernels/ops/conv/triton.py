@@ -21,7 +21,6 @@ from .._triton import (
     finish,
     launch,
     prologue_code,
-    registers,
     states_of,
 )
 from .._triton_product import (
@@ -43,11 +42,6 @@ from .triton_split import redistribute_split
 def _shallow(tile: Tiles, mode: str) -> Tiles:
     """Of TF32, float32 values and their places would not fit the registers by 32."""
     return tile._replace(k=min(tile.k, 16)) if mode == "tf32" else tile
-
-
-def _options(tile: Tiles) -> dict[str, int]:
-    """Meta-parameters of a launch."""
-    return {**tile.options(), **registers(255)}
 
 
 def _product(
@@ -72,8 +66,9 @@ def _product(
     flat = inputs < 16 or thin or mode == "fp64"
     depth = inputs * taps if flat else inputs
     tile = _shallow(tiles(rows, outputs, depth, mode, groups, thin, heavy=True), mode)
-    made = 1 if given is None and seed == 0 and a == 0 else 2  # a place of W and one of its draw
-    tile = with_warps(tile, tile.m * tile.k * made)
+    # a place of W and one of its draw, or values before and after they are rounded
+    held = 2 if given is not None or seed or a or mode == "tf32" else 1
+    tile = with_warps(tile, tile.m * tile.k * held)
     steps = blocks(inputs * taps, tile.k) if flat else blocks(inputs, tile.k) * taps
     target = out
     if tile.splits > 1:
@@ -86,7 +81,7 @@ def _product(
         *axes(out.shape[2:]), *axes(src.shape[2:]), *window(weight, geometry), *strides(src),
         *strides(z), *strides(out), out.numel(), eps, below, a, SCATTER=scatter, LAST=last,
         FLAT=flat, LONG=is_long(out, src, z), MODE=mode, groups=groups, **meta,
-        **_options(tile),
+        **tile.options(),
     )  # fmt: skip
     return target if tile.splits > 1 else None
 
@@ -193,7 +188,7 @@ def _weight_product(
         rule.stabilizer, *hyper, SIGNAL=signal, PROLOGUE=prologue_code(rule, signal_in),
         RULE=rule.code, OPTIMIZER=code, BIAS=bias,
         LAST=strided_channels_last(x) or strided_channels_last(reward),
-        LONG=is_long(small, large, z), MODE=mode, groups=groups, **_options(tile),
+        LONG=is_long(small, large, z), MODE=mode, groups=groups, **tile.options(),
     )  # fmt: skip
     if parts > 1 and columns:
         finish(target, weight, rule.code, update, out, parts)

@@ -236,7 +236,9 @@ def split_weight_kernel(
 def _tiles(m: int, n: int, k: int, mode: str, groups: int, thin: bool = False) -> Tiles:
     """Two sums a tile, so no more than half of what a plain product has; k is in one part."""
     tile = tiles(m, n, k, mode, groups, thin, heavy=True)
-    return tile._replace(m=min(tile.m, 128 if thin else 32), n=min(tile.n, 32), splits=1)
+    tile = tile._replace(m=min(tile.m, 128 if thin else 32), n=min(tile.n, 32), splits=1)
+    # Sums that divide the reward keep what was rounded away, too: four warps would spill some.
+    return tile._replace(warps=8) if tile.m * tile.n >= 32 * 32 else tile
 
 
 def _product(
@@ -254,8 +256,6 @@ def _product(
     thin = inputs <= 4 and outputs <= 4  # depthwise: a tensor core would multiply zeros
     flat = inputs < 16 or thin or meta["MODE"] == "fp64"
     tile = _tiles(rows, outputs, inputs, meta["MODE"], groups, thin)
-    if x is None:  # eight warps spill a register of the signals
-        tile = tile._replace(warps=min(tile.warps, 4))
     tile = with_warps(tile, 2 * tile.m * tile.k)
     src = pair[0]
     given = (weight if bias is None else bias, reward, z, x, out, v)

@@ -91,7 +91,7 @@ def _input_reward(
             tile.part(outputs), rule.random_seed, *x.stride(), *weight.stride(), *reward.stride(),
             *z.stride(), rule.stabilizer, below_eps(below), rule.first,
             PROLOGUE=prologue_code(rule, call.signal_in), RULE=code, SIGNAL_OUT=below_code(below),
-            SPLIT=split, MODE=mode, **tile.options(), **registers(255),
+            SPLIT=split, MODE=mode, **tile.options(),
         )  # fmt: skip
         if split:
             finish_input(target, x.contiguous(), out, rule, below)
@@ -126,7 +126,7 @@ def _weight(
             *states_of(update, weight), target if sums is None else sums, rows, columns, outputs,
             tile.part(rows), *x.stride(), *reward.stride(), *z.stride(), rule.stabilizer, *hyper,
             PROLOGUE=prologue_code(rule, signal_in), RULE=rule.code, OPTIMIZER=code,
-            BIAS=need[1], MODE=mode, **tile.options(), **registers(255),
+            BIAS=need[1], MODE=mode, **tile.options(),
         )  # fmt: skip
         if tile.splits > 1 and need[0]:
             finish(target, weight, rule.code, update, out, tile.splits)
@@ -140,10 +140,11 @@ def _one_pass(
 ) -> Tensor:  # fmt: skip
     (rows, inputs), outputs = x.shape, weight.shape[0]
     out, acc = x.new_empty(x.shape), accumulate_dtype(x.dtype)
-    # Exact products hold their operands in registers: more than 16 outputs at a time, or 32 rows in
-    # 8 warps, would spill some.
+    # Exact products hold their operands in registers, others of float32 tensors those that they
+    # convert: more than 16 outputs at a time, or 32 rows in 8 warps, would spill some.
     m, n, k = power_of_2(rows, 16), power_of_2(inputs, 16, 64), 16
-    warps = 16 if mode == "ieee" and m > 16 and not torch.version.hip else 8
+    held = mode == "ieee" or _heavy(x, mode)
+    warps = 16 if held and m > 16 and not torch.version.hip else 8
     strips = blocks(inputs, n)
     parts = max(1, min(_PROGRAMS // strips, blocks(outputs, _PART)))
     part = blocks(outputs, parts * k) * k

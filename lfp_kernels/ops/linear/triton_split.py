@@ -20,7 +20,6 @@ from .._triton import (
     below_code,
     launch,
     load,
-    registers,
     states_of,
 )
 from .._triton_product import GROUP, Tiles, tile_of, tiles
@@ -190,7 +189,7 @@ def redistribute_split(
         launch(
             signals_kernel, tile.programs(rows, outputs), x, x, weight, x if bias is None else bias,
             reward, z, u, v, rows, inputs, outputs, rule.stabilizer, a, b, BIAS=bias is not None,
-            **meta, **split_options(tile), **registers(255),
+            **meta, **split_options(tile),
         )  # fmt: skip
     input_reward = weight_feedback = bias_feedback = None
     if need[0]:
@@ -200,7 +199,7 @@ def redistribute_split(
             launch(
                 split_input_kernel, tile.programs(rows, inputs), x, x, weight, u, v, input_reward,
                 rows, inputs, outputs, a, b, BELOW=below_code(call.below), **meta,
-                **split_options(tile), **registers(255),
+                **split_options(tile),
             )  # fmt: skip
     if need[1]:
         if weight_update is None:
@@ -213,7 +212,7 @@ def redistribute_split(
                 *states_of(weight_update, weight), rows, inputs, outputs, a, b,
                 *(NO_HYPER if weight_update is None else weight_update.hyper),
                 OPTIMIZER=FEEDBACK.value if weight_update is None else weight_update.code,
-                **meta, **split_options(tile), **registers(255),
+                **meta, **split_options(tile),
             )  # fmt: skip
     if need[2] and bias is not None:
         bias_feedback = split_bias(u, None if v is u else v, bias, rule, bias_update)
