@@ -7,8 +7,8 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp) setup.py
 
-.PHONY: demo demo-spiking test test-slow test-peers test-gpusim test-gpusim-fast test-compiled test-mutations gpu \
-	bench lint format clean simulated-executor simulated-training simulated-linear \
+.PHONY: demo demo-spiking test test-slow test-peers test-gpusim test-gpusim-fast test-compiled \
+	test-mutations gpu bench lint format clean simulated-executor simulated-training simulated-linear \
 	simulated-linear-bf16 simulated-spiking simulated-attention simulated-triton
 
 $(STAMP): pyproject.toml requirements-dev.txt
@@ -85,8 +85,10 @@ simulated-triton:
 HERE := tests/gpusim_ops
 COMPILED := $(wildcard $(HERE)/test_compile_*.py)
 SIMULATED_FILES := $(filter-out $(COMPILED), $(wildcard $(HERE)/test_*.py)) $(OPS)
-ON_CUDA := $(addprefix on-cuda/, $(filter-out $(HERE)/test_cuda_hopper.py $(HERE)/%_triton.py, $(SIMULATED_FILES)))
-ON_TRITON := $(addprefix on-triton/, $(filter-out $(HERE)/test_cuda_% $(HERE)/%_cuda.py, $(SIMULATED_FILES)))
+NO_CUDA := $(HERE)/test_cuda_hopper.py $(HERE)/test_triton_% $(HERE)/%_triton.py
+ON_CUDA := $(addprefix on-cuda/, $(filter-out $(NO_CUDA), $(SIMULATED_FILES)))
+NO_TRITON := $(HERE)/test_cuda_% $(HERE)/%_cuda.py
+ON_TRITON := $(addprefix on-triton/, $(filter-out $(NO_TRITON), $(SIMULATED_FILES)))
 ON_ONE := $(addprefix on-one/, $(HERE)/test_linear_tiles.py $(HERE)/test_cuda_long_sums.py)
 ON_HOPPER := on-hopper/$(HERE)/test_cuda_hopper.py
 .PHONY: cuda-objects compiled $(ON_CUDA) $(ON_TRITON) $(ON_ONE) $(ON_HOPPER)

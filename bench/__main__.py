@@ -1,4 +1,4 @@
-"""Command line: ``python -m bench run | compare | plot | gpu-model`` (each with --help)."""
+"""Command line: ``python -m bench run | compare | plot | gpu-model | tune`` (each with --help)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import compare as comparison
-from . import environment, floor, memory, ops, plot, report, rules, specs, steps, timing
+from . import environment, floor, memory, ops, plot, report, rules, specs, steps, timing, tune
 from .gpu_model import command as gpu_model
 from .report import Row
 
@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     rules.add_arguments(every)
     modelled = commands.add_parser("gpu-model", help="bytes, FLOPs, occupancy of the CUDA kernels")
     gpu_model.add_arguments(modelled)
+    measured = commands.add_parser("tune", help="tiles of Triton's products, measured on this GPU")
+    tune.add_arguments(measured)
     return parser
 
 

@@ -120,6 +120,7 @@ def collect() -> dict[str, str]:
         "library cuda": _loaded("cuda"),
         "build": _build,
         "LFP_KERNELS_BACKEND": lambda: os.environ.get("LFP_KERNELS_BACKEND") or "not set",
+        "LFP_KERNELS_TUNED": lambda: os.environ.get("LFP_KERNELS_TUNED") or "not set",
     }
     return {name: _guarded(probe) for name, probe in probes.items()}
 

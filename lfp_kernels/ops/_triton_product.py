@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rules import Derivative, Rule
+from . import _tuned
 from ._cuda import TF32
 from ._triton import (
     BLOCK,
@@ -105,6 +106,7 @@ class Tiles(NamedTuple):
     k: int
     splits: int  # parts of k, each a program of its own
     warps: int
+    stages: int = 3
 
     def part(self, k: int) -> int:
         """Elements of k in one part: whole blocks."""
@@ -116,18 +118,24 @@ class Tiles(NamedTuple):
     def options(self) -> dict[str, int]:
         """Meta-parameters of a kernel launch."""
         sizes = {"M": self.m, "N": self.n, "K": self.k}
-        return {**sizes, "num_warps": self.warps, "num_stages": 3, **registers(255)}
+        return {**sizes, "num_warps": self.warps, "num_stages": self.stages, **registers(255)}
 
 
 def tiles(
-    m: int, n: int, k: int, mode: str, groups: int = 1, thin: bool = False, heavy: bool = False
-) -> Tiles:
+    m: int, n: int, k: int, mode: str, groups: int = 1, thin: bool = False, heavy: bool = False,
+    product: tuple[str, torch.dtype] | None = None,
+) -> Tiles:  # fmt: skip
     """A plain heuristic: large blocks where they fill the device, else smaller, else splits.
 
     Args:
         groups: products of this size that run together. thin: n is too small for tensor cores.
         heavy: registers hold more than the product: optimizer states, or places of a convolution.
+        product: its name and the type of its tensors, for which a tile may have been measured.
     """
+    if product is not None and groups == 1 and not thin and mode != "fp64":
+        measured = _tuned.choice(*product, mode, m, n, k)
+        if measured is not None:
+            return Tiles(*measured)
     if thin:
         most_m, most_n, block_k, least = 256, n, 1, 1
     elif mode == "fp64":

@@ -65,7 +65,9 @@ def _product(
     thin = inputs <= 4 and outputs <= 4  # depthwise: a tensor core would multiply zeros
     flat = inputs < 16 or thin or mode == "fp64"
     depth = inputs * taps if flat else inputs
-    tile = _shallow(tiles(rows, outputs, depth, mode, groups, thin, heavy=True), mode)
+    name = (f"conv {meta['EPILOGUE']}", src.dtype)
+    tile = tiles(rows, outputs, depth, mode, groups, thin, heavy=True, product=name)
+    tile = _shallow(tile, mode)
     # a place of W and one of its draw, or values before and after they are rounded
     held = 2 if given is not None or seed or a or mode == "tf32" else 1
     tile = with_warps(tile, tile.m * tile.k * held)
@@ -171,7 +173,9 @@ def _weight_product(
     elif geometry.transposed:
         small, large, signal = x, reward, "large"
     positions = small.shape[0] * small.shape[2:].numel()
-    tile = _shallow(tiles(outputs, inputs * taps, positions, mode, groups, heavy=True), mode)
+    name = ("conv weight", x.dtype)
+    tile = tiles(outputs, inputs * taps, positions, mode, groups, heavy=True, product=name)
+    tile = _shallow(tile, mode)
     tile = with_warps(tile, (tile.m + tile.n) * tile.k)
     acc, parts = accumulate_dtype(x.dtype), tile.splits
     sums = weight.new_empty((parts, groups * outputs), dtype=acc) if bias else None

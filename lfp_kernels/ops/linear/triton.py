@@ -45,7 +45,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tenso
     rows, mode = z.numel() // outputs, forward_mode(x.dtype, _cuda.linear_in_tf32(x))
     x = x.reshape(rows, inputs)
     bias = None if bias is None else bias.contiguous()
-    tile = tiles(rows, outputs, inputs, mode)
+    tile = tiles(rows, outputs, inputs, mode, product=("linear forward", x.dtype))
     split = tile.splits > 1
     target = z
     if split:
@@ -79,7 +79,8 @@ def _input_reward(
         given = weight if given is None else given.contiguous()
     out = x.new_empty(x.shape)
     (rows, inputs), outputs = x.shape, weight.shape[0]
-    tile = tiles(rows, inputs, outputs, mode, heavy=_heavy(x, mode))
+    name = ("linear input", x.dtype)
+    tile = tiles(rows, inputs, outputs, mode, heavy=_heavy(x, mode), product=name)
     split = tile.splits > 1
     target = out
     if split:
@@ -111,7 +112,8 @@ def _weight(
     columns = inputs if need[0] else 0  # the bias alone is a product without columns
     acc = accumulate_dtype(x.dtype)
     heavy = _heavy(x, mode) or (update is not None and len(update.states) > 0)
-    tile = tiles(outputs, columns, rows, mode, heavy=heavy)
+    name = ("linear weight", x.dtype)
+    tile = tiles(outputs, columns, rows, mode, heavy=heavy, product=name)
     out = weight.new_empty(weight.shape) if need[0] and update is None else None
     target = weight if out is None else out
     code, hyper = FEEDBACK.value, NO_HYPER
