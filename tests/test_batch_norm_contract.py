@@ -104,6 +104,7 @@ def test_offsets_beyond_32_bits():
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.operators
 def test_opcheck(training):
     x, weight, bias, mean, var = case((4, 3, 5, 5), torch.float32)
     quick = ("test_schema", "test_faketensor")  # the others trace through autograd: slow

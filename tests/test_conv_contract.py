@@ -171,6 +171,7 @@ GEOMETRY_2D = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 @pytest.mark.parametrize("layout", ["plain", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.operators
 def test_opcheck(layout: str, dtype: torch.dtype, channels: int) -> None:
     ops = torch.ops.lfp_kernels
     x, weight = torch.randn(2, channels, 6, 5).to(dtype), torch.randn(4, channels, 3, 3).to(dtype)

@@ -233,6 +233,7 @@ def test_update_must_fit():
         F.embedding_redistribute_update(weight, tokens, reward, update)
 
 
+@pytest.mark.operators
 def test_opcheck():
     weight, tokens, reward = case(6, 8, (5,), torch.float32)
     ops = torch.ops.lfp_kernels

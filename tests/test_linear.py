@@ -254,6 +254,7 @@ def test_same_bits_on_two_runs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.operators
 def test_opcheck(dtype):
     x, weight, bias, z, reward = case((4,), 6, 3, dtype)
     spec = updates(SPECS[1], weight, bias)

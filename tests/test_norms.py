@@ -233,6 +233,7 @@ def test_softmax(shape, dim, dtype):
 # ---- arguments
 
 
+@pytest.mark.operators
 def test_opcheck():
     ops = torch.ops.lfp_kernels
     x, weight = torch.randn(5, 7), torch.randn(7)

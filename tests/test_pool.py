@@ -197,6 +197,7 @@ def test_every_element_is_written_and_reruns_have_the_same_bits(dtype, order):
             assert torch.equal(a, b) and not a.isnan().any()
 
 
+@pytest.mark.operators
 def test_opcheck():
     x = values((2, 3, 8, 8), torch.float32)
     quick = ("test_schema", "test_faketensor")  # the others trace through autograd: slow

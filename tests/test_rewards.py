@@ -296,6 +296,7 @@ def test_rows_are_independent(n, classes, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.operators
 def test_opcheck(dtype):
     ops = torch.ops.lfp_kernels
     params = [0.1, 0.6, 1.0, -1.0]

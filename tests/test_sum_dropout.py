@@ -197,6 +197,7 @@ def test_reruns_have_the_same_bits():
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
+@pytest.mark.operators
 def test_opcheck():
     a, b, r = (values((2, 3, 4, 5), torch.float32, k) for k in range(3))
     tail = 0, [1e-6, 1.0, 0.0, 0.0, 0.0], 0

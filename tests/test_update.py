@@ -148,6 +148,7 @@ def test_empty_lists():
     assert float(F.global_norm([])) == 0.0
 
 
+@pytest.mark.operators
 def test_opcheck():
     ops = torch.ops.lfp_kernels
     params = [torch.randn(4, 3), torch.randn(5)]
