@@ -60,8 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of what only the CPU does (marker host) are left out where GPU kernels run, those of the
-    compiled libraries' operators where Triton's do, which has none."""
+    """Tests of what only the CPU does (marker host) are left out where GPU kernels run, those of
+    the compiled libraries' operators where Triton's do, which has none."""
     simulated = config.getoption("--simulate")
     if simulated is None and config.getoption("--device") in (None, "cpu"):
         return

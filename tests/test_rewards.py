@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfp_kernels import rewards, use_backend
+from lfp_kernels.backends import select
 from lfp_kernels.ops.reward.codes import Kind
 from lfp_kernels.testing import assert_within_budget, poisoned_empty
 
@@ -321,14 +322,10 @@ def test_an_unchecked_label_out_of_range_makes_its_row_nan(backend):
     """What a GPU or a compiled graph gets, where Python cannot look at the labels."""
     out, _ = case("softmax", (4,))
     bad = torch.tensor([0, 5, -1, 4])
-    if backend == "native":
-        got = torch.ops.lfp_kernels.reward.default(out, bad, 0, [0.0, 1.0, 0.0, -1.0])
-        rates = torch.ops.lfp_kernels.reward_spike_rate.default(out[None], bad)
-    else:
-        from lfp_kernels.ops.reward import reference
-
-        got = reference.reward(out, bad, Kind.SOFTMAX, [0.0, 1.0, 0.0, -1.0])
-        rates = reference.spike_rate(out[None], bad)
+    with use_backend(backend):
+        op = select("reward", out)
+    got = op.reward(out, bad, Kind.SOFTMAX, [0.0, 1.0, 0.0, -1.0])
+    rates = op.spike_rate(out[None], bad)
     for result in (got, rates[0]):
         assert result.isnan().all(-1).tolist() == [False, True, True, False]
         assert not result[[0, 3]].isnan().any()
