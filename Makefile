@@ -108,7 +108,7 @@ $(ON_HOPPER): on-hopper/%: %
 $(ON_TRITON): on-triton/%: %
 	$(SIMULATED) --simulate triton $<
 
-# Machine code for all architectures; an hour and a half of two cores.
+# Machine code for all architectures; more than an hour.
 test-compiled: $(GPUSIM)/.installed
 	$(SIMULATED) $(HERE)
 

@@ -26,7 +26,6 @@ from .environment import environment
 LINEAR = ((128, 784, 256), (64, 4096, 4096), (1024, 4096, 4096))
 CONV = ((64, 64, 56, 64, 3, 1), (64, 128, 28, 128, 3, 1), (64, 256, 14, 256, 3, 1),
         (64, 256, 14, 512, 1, 2), (64, 512, 7, 512, 3, 1))  # fmt: skip
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GAIN = 0.97  # of the heuristic's time: what wins by less may have won by noise
 START = Choice(64, 64, 32, 1, 4, 3)
 _SAMPLES = 9
@@ -64,6 +63,11 @@ def conv_jobs(
     batch: int, channels: int, height: int, filters: int, kernel: int, stride: int,
     dtype: torch.dtype, device: str,
 ) -> list[Job]:  # fmt: skip
+    if channels <= 4 and filters <= 4:
+        raise ValueError(
+            f"--conv: expected more than 4 channels or filters, got {channels} and {filters}; fix: "
+            "leave it out, the tiles of so few are not chosen"
+        )
     shape = (batch, channels, height, height)
     x = torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(filters, channels, kernel, kernel, device=device, dtype=dtype)
@@ -176,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--conv", action="append", metavar="N,C,H,O,K,S", type=_sizes(6),
         help="batch, channels, height, filters, kernel, stride",
     )  # fmt: skip
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the tensors")
+    parser.add_argument("--dtype", action="append", choices=_tuned.DTYPES, help="of the tensors")
 
 
 def _sizes(count: int) -> Callable[[str], tuple[int, ...]]:
@@ -202,24 +206,25 @@ def run(options: argparse.Namespace) -> int:
         by_events(call, 3)
         return statistics.median(by_events(call, 5) for _ in range(_SAMPLES))
 
+    path, facts = options.out / f"{_tuned.architecture()}.json", asdict(environment("cuda"))
     table: dict[Size, Choice] = {}
     times: dict[Size, Any] = {}
     with use_backend("triton"):
         jobs = []
         for name in options.dtype or ("float32", "bfloat16"):
             for shape in (options.linear or ()) if given else LINEAR:
-                jobs += linear_jobs(*shape, DTYPES[name], "cuda")
+                jobs += linear_jobs(*shape, getattr(torch, name), "cuda")
             for shape in (options.conv or ()) if given else CONV:
-                jobs += conv_jobs(*shape, DTYPES[name], "cuda")
+                jobs += conv_jobs(*shape, getattr(torch, name), "cuda")
         for job in tqdm(jobs, unit="product"):
             key, choice, measured = tune(job, sample)
             if choice is not None:
                 table[key], times[key] = choice, measured
+            # after each product: who stops half way keeps what was found
+            _tuned.write(path, table, facts, times)
             tqdm.write(
                 f"{job.label}: {measured['heuristic_us']:.1f} us by the heuristic, "
                 f"{measured['us']:.1f} us at best" + (f" by {choice}" if choice else ": kept")
             )
-    path = options.out / f"{_tuned.architecture()}.json"
-    _tuned.write(path, table, asdict(environment("cuda")), times)
     print(f"{path}: {len(table)} tiles; use: {_tuned.VARIABLE}={options.out}")
     return 0

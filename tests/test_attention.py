@@ -296,7 +296,6 @@ def test_memory_is_linear(backend):
 
 @pytest.mark.host
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.operators
 def test_opcheck(dtype):
     q, k, v, r, mask = Case((2, 4, 2, 7, 9, 8, 5), "bool").tensors(dtype)
     ops, options = torch.ops.lfp_kernels, (True, 0.3, 0.25, 3)
