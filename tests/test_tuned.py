@@ -122,3 +122,8 @@ def test_sizes_on_the_command_line(bad, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["tune", "--linear", bad])
     assert "expected 3 ints >= 1 by commas" in capsys.readouterr().err
+
+
+def test_products_without_tiles_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected more than 4 channels or filters, got 3 and 4"):
+        tune.conv_jobs(2, 3, 6, 4, 3, 1, torch.float32, "cpu")
